@@ -1,0 +1,786 @@
+"""What nanoflax promises, each promise a test. No network; those against PyTorch need torch and skip without it."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from functools import partial
+from pathlib import Path
+
+import common
+import gpt_train
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from transformers import GPT2Config
+
+HERE = Path(__file__).parent
+JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
+TINY = dict(data=JSON, val_docs=1, tokenizer="byte", seq_len=32, n_layer=2, n_head=2, n_embd=32, steps=12)
+TINY |= dict(batch_size=256, eval_every=6, log_every=1, sample_every=0, ckpt_every=3)  # four steps an epoch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Every process of the tests shares one compilation cache, and none touches the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def flags(**changes):
+    """A Config's fields as they are typed on the command line."""
+    return [f"{common.flag(k)}={v}" if v is not True else common.flag(k) for k, v in changes.items()]
+
+
+def launch(script, *args, **env):
+    """The script as its user starts it, in a process of its own."""
+    command = [sys.executable, str(HERE / script), *args]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=os.environ | env, **pipes)
+
+
+def run(script, *args, **env):
+    """(exit code, stdout, stderr) of the script."""
+    process = launch(script, *args, **env)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def lines(out_dir):
+    path = Path(out_dir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(out_dir):
+    """What must be the same, bit for bit, in two runs of the same command."""
+    exact = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss", "val_bpb")
+    return [{name: line[name] for name in exact if name in line} for line in lines(out_dir)]
+
+
+def wait_for_step(process, out_dir, step):
+    """Return as soon as the run has logged that step, or ended."""
+    while process.poll() is None and not any(line["step"] >= step for line in lines(out_dir)):
+        time.sleep(0.01)
+
+
+# ---- common.py: streams ----
+
+
+def numbers(n=40, shards=4):
+    """Rows 0..n-1 in several shards, as a streaming data set."""
+    rows = datasets.Dataset.from_dict({"x": list(range(n))})
+    return rows.to_iterable_dataset(num_shards=shards)
+
+
+def open_numbers(epoch, fail_at=None):
+    """An epoch of shuffled windows; at row `fail_at` of it the connection breaks."""
+
+    def window(batch, index):
+        rng = np.random.default_rng([epoch, index[0]])
+        return {"ids": rng.permutation(np.array(batch["x"]))}
+
+    def broken(row, index):
+        if index == fail_at:
+            raise ConnectionResetError("connection reset")
+        return row
+
+    ds = numbers().map(window, batched=True, batch_size=16, with_indices=True, remove_columns=["x"])
+    ds = ds.map(broken, with_indices=True)
+    ds.set_epoch(1 + epoch)
+    return ds
+
+
+def take(stream, n):
+    return [(batch["ids"].tolist(), position) for batch, (position) in (next(stream) for _ in range(n))]
+
+
+def test_stream_loses_and_repeats_no_row_over_epochs():
+    rows = sum((ids for ids, _ in take(common.batches(open_numbers, 7), 40)), [])
+    for epoch in range(7):
+        assert sorted(rows[40 * epoch : 40 * (epoch + 1)]) == list(range(40))
+    assert rows[:40] != rows[40:80], "every epoch has an order of its own"
+
+
+def test_stream_resumes_from_every_position():
+    whole = take(common.batches(open_numbers, 7), 14)  # over two ends of an epoch
+    for i, (_, position) in enumerate(whole[:-1]):
+        position = json.loads(json.dumps(position))
+        assert len(json.dumps(position)) < 4000
+        assert take(common.batches(open_numbers, 7, position), 13 - i) == whole[i + 1 :]
+
+
+def test_stream_survives_a_broken_source_with_the_same_batches(monkeypatch, capfd):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    whole, opened = take(common.batches(open_numbers, 7), 14), iter([3, 17, 0, 38, None, 5])
+    flaky = common.batches(lambda epoch: open_numbers(epoch, next(opened, None)), 7)
+    assert take(flaky, 14) == whole
+    assert capfd.readouterr().err.count("connection reset") == 5
+    with pytest.raises(common.StreamError, match="3 times in a row: connection reset"):
+        next(common.batches(lambda epoch: open_numbers(epoch, 0), 7, retries=3))
+
+
+def test_prefetch_raises_the_streams_own_exception_where_it_is_read():
+    def stream():
+        yield 1
+        raise KeyError("from the stream")
+
+    ahead = common.Prefetch(stream(), depth=4)
+    assert next(ahead) == 1
+    with pytest.raises(KeyError, match="from the stream"):
+        next(ahead)
+
+
+def test_prefetch_ends_when_told_to_and_counts_the_wait():
+    def slow():
+        while True:
+            time.sleep(0.3)
+            yield 1
+
+    stopped = []
+    ahead = common.Prefetch(slow(), depth=1, stop=lambda: bool(stopped))
+    assert next(ahead) == 1
+    assert 0.2 < ahead.waited < 1
+    stopped.append(True)
+    assert list(ahead) == []
+
+
+# ---- gpt_train.py: data ----
+
+
+def test_packing_repeats_no_token_and_gives_up_fewer_than_two_rows():
+    for n in [*range(60), 500, 997]:
+        rows = gpt_train.pack(np.arange(n), 10, np.random.default_rng(n))
+        ids = np.sort(rows.reshape(-1))
+        assert rows.shape == (len(rows), 10)
+        assert (np.diff(rows) == 1).all(), "a row is a stretch of the text"
+        assert len(np.unique(ids)) == len(ids)
+        assert n - len(ids) < 20
+        assert len(rows) >= (n >= 10), "text for a row is not thrown away"
+
+
+def test_training_rows_hold_the_documents_and_differ_between_epochs():
+    train = common.open_text(JSON)["train"]
+    texts = list(train)
+    cfg = gpt_train.Config(**TINY | dict(shuffle_buffer=2))
+    tokenizer = gpt_train.load_tokenizer("byte")
+    epochs = []
+    for epoch in range(2):
+        rows = [tuple(r["ids"]) for r in gpt_train.training_rows(train, tokenizer, cfg, {texts[0]}, epoch)]
+        kept = "".join(tokenizer.decode(row) for row in rows)
+        assert len(kept) > 0.98 * sum(len(text) + len(gpt_train.END) for text in texts[1:])
+        whole = [tokenizer.decode([*gpt_train.encode(tokenizer, [text])]) for text in texts]
+        found = [sum(tokenizer.decode(row).split(gpt_train.END)[0] in text for row in rows) for text in whole]
+        assert found[0] < 0.1 * len(rows) and all(found[1:]), "the held-out document is not trained on"
+        epochs.append(set(rows))
+    assert len(epochs[0] & epochs[1]) < 0.1 * len(epochs[0]), "another cut in every epoch"
+
+
+def test_end_token_inside_a_document_is_text():
+    tokenizer = gpt_train.load_tokenizer("bpe:300", ["a <|endoftext|> b"] * 10)
+    ids = gpt_train.encode(tokenizer, ["a <|endoftext|> b", "c"])
+    assert (ids == tokenizer.eos_token_id).sum() == 2
+    assert tokenizer.decode(ids) == "a <|endoftext|> b<|endoftext|>c<|endoftext|>"
+
+
+def test_validation_counts_every_token_once_whatever_the_batch_size():
+    texts = list(common.open_text(JSON)["train"])[:2]
+    tokenizer = gpt_train.load_tokenizer("byte")
+    inputs, targets = gpt_train.validation_rows(tokenizer, texts, 32)
+    assert (targets[targets >= 0] == gpt_train.encode(tokenizer, texts)).all()
+    assert (
+        inputs[0, 0] == tokenizer.eos_token_id
+        and (inputs.reshape(-1)[1:] == targets.reshape(-1)[:-1])[:-40].all()
+    )
+    model = tiny_model(257, 32)
+    step = lambda _, x, y: gpt_train.loss_sum(model, x, y)
+    means = [gpt_train.evaluate(step, None, inputs, targets, size, jnp.asarray) for size in (7, 64, 1000)]
+    nats, count = gpt_train.loss_sum(model, inputs, targets)
+    np.testing.assert_allclose(means, nats / count, rtol=1e-5)
+
+
+# ---- gpt_train.py: the model against transformers' PyTorch GPT-2 ----
+
+
+def tiny_model(vocab_size=199, n_positions=48, seed=0, **changes):
+    """A small GPT with every parameter random, biases and norms too."""
+    sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_embd=48, n_layer=3, n_head=4)
+    config = GPT2Config(**sizes | dict(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, dtype="float32") | changes)
+    model = gpt_train.GPT(config, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for param in jax.tree.leaves(nnx.state(model), is_leaf=lambda p: isinstance(p, nnx.Param)):
+        param.set_value(param[...] + 0.1 * rng.normal(size=param.shape).astype(np.float32))
+    nnx.update(model, nnx.state(model))
+    return model
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Our model, and the one that transformers loads from our export."""
+    pytest.importorskip("torch")
+    from transformers import GPT2LMHeadModel
+
+    model = tiny_model()
+    gpt_train.save_pretrained(model, tmp_path / "model")
+    return model, GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+
+
+def random_tokens(B, T, V=199, seed=0):
+    return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+
+
+def test_logits_loss_and_gradients_equal_transformers(both):
+    import torch
+
+    model, theirs = both
+    tokens = random_tokens(4, 33)
+    out = theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long())
+    out.loss.backward()
+    np.testing.assert_allclose(model(tokens), out.logits.detach().numpy(), atol=1e-4)
+
+    def loss_fn(model):
+        nats, count = gpt_train.loss_sum(model, tokens[:, :-1], tokens[:, 1:])
+        return nats / count
+
+    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    assert abs(loss - out.loss.item()) < 1e-5
+    theirs = dict(theirs.transformer.named_parameters())
+    ours = gpt_train.checkpoint_names(grads)
+    assert set(ours) == set(theirs)
+    for name, grad in ours.items():
+        wanted = theirs[name].grad.numpy()
+        np.testing.assert_allclose(grad[...][: len(wanted)], wanted, atol=1e-5, err_msg=name)
+        assert not np.any(grad[...][len(wanted) :]), "the padding of the vocabulary learns nothing"
+
+
+def test_ten_optimizer_steps_equal_pytorch_adamw(both):
+    import torch
+
+    model, theirs = both
+    cfg = gpt_train.Config(optimizer="adamw", lr=1e-2, warmup_steps=3, steps=10, accum=2, grad_clip=0.5)
+    schedule = gpt_train.make_schedule(cfg)
+    graphdef, state = nnx.split(
+        (model, nnx.Optimizer(model, gpt_train.make_optimizer(cfg, schedule), wrt=nnx.Param))
+    )
+    step = gpt_train.make_train_step(graphdef, state, cfg.accum, schedule)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for i in range(10):
+        tokens = random_tokens(4, 33, seed=i)
+        state, metrics = step(state, tokens, jax.random.key(i))
+        loss = theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(i))
+        optimizer.step()
+        assert abs(metrics["loss"] - loss.item()) < 1e-4
+        assert abs(metrics["grad_norm"] - norm.item()) < 1e-3
+    model = nnx.merge(graphdef, state)[0]
+    tokens = random_tokens(2, 20)
+    np.testing.assert_allclose(model(tokens), theirs(torch.tensor(tokens).long()).logits.detach(), atol=1e-3)
+
+
+def test_greedy_decoding_equals_transformers_for_prompts_of_any_length(both):
+    import torch
+
+    model, theirs = both
+    lengths, T, new = [1, 4, 9, 12], 12, 30
+    tokens = random_tokens(4, T)
+    ours = gpt_train.generate(model, tokens, new, key=jax.random.key(0), temperature=0, lengths=lengths)
+    for row, n in enumerate(lengths):
+        prompt = torch.tensor(tokens[row : row + 1, :n]).long()
+        how = dict(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
+        wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **how)[0]
+        assert ours[row, : n + new].tolist() == wanted.tolist()
+        assert not ours[row, n + new :].any()
+
+
+def test_published_names_load_without_prefix_and_in_pieces(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model, folder = tiny_model(), tmp_path / "model"
+    gpt_train.save_pretrained(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    assert "transformer.h.2.mlp.c_proj.weight" in weights and "lm_head.weight" not in weights
+    bare = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 48, 48), np.float32)  # the causal mask, as in the published file
+    names = sorted(bare)
+    files = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    (folder / "model.safetensors").unlink()
+    for file, part in files.items():
+        save_file({name: bare[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    again, tokens = gpt_train.from_pretrained(str(folder)), random_tokens(2, 20)
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+    shorter = gpt_train.from_pretrained(str(folder), n_positions=20)
+    np.testing.assert_array_equal(shorter(tokens), model(tokens))
+
+
+# ---- gpt_train.py: the model by itself ----
+
+
+def test_no_position_sees_a_later_one():
+    model, tokens, t = tiny_model(), random_tokens(1, 20), 11
+    seen = nnx.grad(lambda model: model(tokens)[0, t].sum())(model)["wpe"]["embedding"][...]
+    used = np.abs(seen).sum(axis=1) > 0
+    assert used[: t + 1].all() and not used[t + 1 :].any()
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    tokens, key = random_tokens(2, 20), jax.random.key(1)
+    model = tiny_model(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
+    np.testing.assert_array_equal(model(tokens), tiny_model()(tokens))
+    assert np.any(model(tokens, key) != model(tokens, jax.random.key(2)))
+    np.testing.assert_array_equal(model(tokens, key), model(tokens, key))
+    x = gpt_train.dropout(jnp.ones(100_000), 0.2, key)
+    assert abs(x.mean() - 1) < 0.01 and abs((x == 0).mean() - 0.2) < 0.01
+    # with all weights kept, the attention that knows dropout is the fused one
+    nearly = tiny_model(embd_pdrop=0, attn_pdrop=1e-9, resid_pdrop=0)
+    np.testing.assert_allclose(nearly(tokens, key), nearly(tokens), atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    tokens = random_tokens(2, 20)
+    grads = []
+    for remat in (False, True):
+        model = tiny_model(resid_pdrop=0.1)
+        model.remat = remat
+        grads.append(nnx.grad(lambda m: gpt_train.loss_sum(m, tokens, tokens, jax.random.key(0))[0])(model))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *grads)
+
+
+def test_bfloat16_stays_near_float32_with_float32_parameters_and_logits():
+    tokens = random_tokens(2, 20)
+    half = tiny_model(dtype="bfloat16")
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    assert half(tokens).dtype == jnp.float32
+    assert half.hidden(tokens)[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(half(tokens), tiny_model()(tokens), atol=0.15)
+
+
+def test_new_model_starts_as_gpt2_does():
+    config = GPT2Config(n_layer=8, n_embd=64, n_head=4, vocab_size=500, n_positions=64, dtype="float32")
+    model = gpt_train.GPT(config, rngs=nnx.Rngs(0))
+    std = lambda p: float(np.std(p[...]))
+    assert std(model.wte.embedding) == pytest.approx(0.02, rel=0.05)
+    assert std(model.h[3].mlp.c_fc.kernel) == pytest.approx(0.02, rel=0.05)
+    assert std(model.h[3].mlp.c_proj.kernel) == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert std(model.h[3].attn.c_proj.kernel) == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    tokens = random_tokens(4, 64, 500)
+    nats, count = gpt_train.loss_sum(model, tokens, tokens[:, ::-1])
+    assert nats / count == pytest.approx(math.log(500), rel=0.01)
+
+
+# ---- gpt_train.py: sampling ----
+
+
+def test_cached_decoding_equals_the_full_forward():
+    model, tokens = tiny_model(), random_tokens(2, 5)
+    out = np.asarray(gpt_train.generate(model, tokens, 30, key=jax.random.key(0), temperature=0))
+    logits = model(out)  # all at once
+    np.testing.assert_array_equal(out[:, 5:], np.argmax(logits, axis=-1)[:, 4:-1])
+    with pytest.raises(ValueError, match="5 \\+ 44 tokens, and the model has 48 positions"):
+        gpt_train.generate(model, tokens, 44, key=jax.random.key(0))
+
+
+def test_sampling_follows_the_softmax_within_top_k_and_top_p():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    many = jnp.asarray(np.tile(logits, (40_000, 1)))
+
+    def shares(**how):
+        how = dict(temperature=1.0, top_k=None, top_p=None) | how
+        return np.bincount(gpt_train.sample(jax.random.key(0), many, **how), minlength=4) / len(many)
+
+    np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.01)
+    np.testing.assert_allclose(shares(top_k=2), [0.625, 0.375, 0, 0], atol=0.01)
+    np.testing.assert_allclose(shares(top_p=0.8 + 1e-4), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.01)
+    np.testing.assert_allclose(shares(top_p=0.7), [0.625, 0.375, 0, 0], atol=0.01)
+    np.testing.assert_allclose(shares(top_k=3, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.01)
+    cold = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(shares(temperature=0.5), cold / cold.sum(), atol=0.01)
+    np.testing.assert_array_equal(shares(temperature=0), [1, 0, 0, 0])
+    np.testing.assert_array_equal(shares(top_k=1), [1, 0, 0, 0])
+    np.testing.assert_array_equal(shares(top_p=1e-6), [1, 0, 0, 0])
+
+
+def test_every_sampled_token_has_a_key_of_its_own():
+    model = tiny_model()
+    model.ln_f.scale.set_value(jnp.zeros(48))
+    model.ln_f.bias.set_value(jnp.zeros(48))  # all tokens equally likely, whatever the text
+    out = gpt_train.generate(model, random_tokens(4, 2), 40, key=jax.random.key(0))[:, 2:]
+    assert len(np.unique(out)) > 100, "160 draws among 199"
+
+
+def test_generation_stops_at_the_end_token():
+    model, tokens = tiny_model(), random_tokens(3, 4)
+    how = dict(key=jax.random.key(0), temperature=0)
+    free = np.asarray(gpt_train.generate(model, tokens, 20, **how))[:, 4:]
+    eos = int(free[0, 5])
+    stopped = np.asarray(gpt_train.generate(model, tokens, 20, eos=eos, **how))[:, 4:]
+    for a, b in zip(free, stopped):
+        end = [*a, eos].index(eos)
+        assert (a[:end] == b[:end]).all() and (b[end:] == eos).all()
+
+
+# ---- gpt_train.py: the training step ----
+
+
+def one_step(cfg, tokens, model=None, key=None):
+    """(metrics, state) after a step on `tokens`."""
+    model, schedule = model or tiny_model(), gpt_train.make_schedule(cfg)
+    graphdef, state = nnx.split(
+        (model, nnx.Optimizer(model, gpt_train.make_optimizer(cfg, schedule), wrt=nnx.Param))
+    )
+    step = gpt_train.make_train_step(graphdef, state, cfg.accum, schedule)
+    return step(state, tokens, jax.random.key(0) if key is None else key)[::-1]
+
+
+def test_accumulation_equals_one_large_batch_where_rows_have_unequal_numbers_of_targets():
+    tokens = random_tokens(8, 33)
+    tokens[1::4, 5:] = -1  # these would count for more in a mean of means
+    cfg = gpt_train.Config(optimizer="adamw", steps=10, warmup_steps=0)
+    tokens = np.where(tokens < 0, -1, tokens)
+    whole = one_step(cfg, tokens)
+    for accum in (2, 4, 8):
+        parts = one_step(dataclasses.replace(cfg, accum=accum), tokens)
+        assert parts[0]["loss"] == pytest.approx(float(whole[0]["loss"]), rel=1e-5)
+        assert parts[0]["grad_norm"] == pytest.approx(float(whole[0]["grad_norm"]), rel=1e-4)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), parts[1], whole[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_for_matrices_only(optimizer):
+    decayed, plain = [], []
+    for weight_decay, found in ((0.5, decayed), (0.0, plain)):
+        cfg = gpt_train.Config(optimizer=optimizer, steps=10, warmup_steps=0, weight_decay=weight_decay)
+        state = one_step(cfg, random_tokens(4, 33))[1]
+        found += jax.tree.leaves(state[0])
+    for a, b in zip(decayed, plain):
+        assert np.any(np.asarray(a) != np.asarray(b)) == (a.ndim == 2)
+
+
+def test_muon_is_for_the_hidden_matrices_and_has_updates_of_adamw_size():
+    cfg = gpt_train.Config(optimizer="muon", steps=10, warmup_steps=0, weight_decay=0, lr=1e-3)
+    tokens = random_tokens(4, 33)
+    adamw = one_step(dataclasses.replace(cfg, optimizer="adamw"), tokens)[1][0]
+    before, after = (
+        gpt_train.checkpoint_names(s) for s in (nnx.state(tiny_model()), one_step(cfg, tokens)[1][0])
+    )
+    for name, adam in gpt_train.checkpoint_names(adamw).items():
+        update = np.asarray(after[name][...] - before[name][...])
+        if name.startswith("h.") and update.ndim == 2:
+            singular = np.linalg.svd(update, compute_uv=False) / (0.2e-3 * max(update.shape) ** 0.5)
+            assert 0.5 < singular.min() and singular.max() < 1.5, f"{name} is orthogonal"
+        else:
+            np.testing.assert_allclose(after[name][...], adam[...], atol=1e-6, err_msg=name)
+
+
+def test_schedule_warms_up_and_comes_down():
+    cfg = gpt_train.Config(lr=1.0, min_lr=0.1, warmup_steps=10, steps=100)
+    lr = [float(gpt_train.make_schedule(cfg)(step)) for step in range(101)]
+    assert 0 < lr[0] < 0.1 and max(lr) == lr[10] == 1 and lr[100] == pytest.approx(0.1)
+    assert np.all(np.diff(lr[:11]) > 0) and np.all(np.diff(lr[10:]) < 0)
+    assert lr[55] == pytest.approx(0.55)
+
+
+# ---- gpt_train.py: runs ----
+
+
+def test_run_leaves_metrics_curves_checkpoints_and_a_model_folder_that_pytorch_loads(capsys):
+    last = gpt_train.main(gpt_train.Config(**TINY | dict(tokenizer="bpe:300", sample_every=12)))
+    said, folder = capsys.readouterr().out, Path("out/gpt-001")
+    assert len(said.split("first step")[0].splitlines()) < 10
+    assert {"ckpt", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert [line["step"] for line in lines(folder)] == list(range(1, 13))
+    assert lines(folder)[-1] == last and lines(folder)[-1]["tokens"] == 12 * 256 * 32
+    assert last["val_loss"] < lines(folder)[5]["val_loss"] < math.log(301)
+    assert last["mfu"] is None and 0 <= last["data_wait"] < 1
+    assert sorted(path.name for path in (folder / "ckpt").iterdir()) == ["12", "9"]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["config"]["steps"] == 12 and info["jax"] == jax.__version__
+
+    # bits per byte does not depend on the tokenizer: sum the nats by hand
+    text = next(iter(common.open_text(JSON)["train"]))
+    tokenizer, model = gpt_train.load_tokenizer(str(folder)), gpt_train.from_pretrained(str(folder))
+    nats, _ = gpt_train.loss_sum(model, *gpt_train.validation_rows(tokenizer, [text], 32))
+    assert last["val_bpb"] == pytest.approx(float(nats) / math.log(2) / len(text.encode()), rel=1e-4)
+
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs, tokens = AutoModelForCausalLM.from_pretrained(folder), random_tokens(2, 20)
+    np.testing.assert_allclose(model(tokens), theirs(torch.tensor(tokens).long()).logits.detach(), atol=1e-4)
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert ids == gpt_train.encode(tokenizer, [text])[:-1].tolist()
+
+
+def test_finished_run_can_be_evaluated_sampled_and_fine_tuned(capsys):
+    gpt_train.main(gpt_train.Config(**TINY | dict(out_dir="base")))
+    trained = lines("base")[-1]
+    capsys.readouterr()
+    again = gpt_train.main(gpt_train.Config(**TINY | dict(steps=0, init_from="base", tokenizer=None)))
+    assert again["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
+    prompts = ("def ", "import json\n")
+    sampling = dict(steps=0, init_from="base", prompt=prompts, max_new_tokens=12, tokenizer=None)
+    gpt_train.main(gpt_train.Config(**sampling))
+    first = capsys.readouterr().out.split("\n---\n")
+    assert len(first) == 2 and "def " in first[0] and first[1].startswith("import json\n")
+    tuned = gpt_train.main(
+        gpt_train.Config(**TINY | dict(init_from="base", tokenizer=None, lr=1e-4, out_dir="tuned"))
+    )
+    assert lines("tuned")[0]["loss"] < lines("base")[6]["loss"], "it starts where the other ended"
+    assert tuned["val_loss"] < trained["val_loss"]
+    assert not Path("out").exists(), "neither evaluating nor sampling makes a run"
+
+
+def test_separate_validation_source():
+    val = sysconfig.get_path("stdlib") + "/email/mime/text.py"
+    gpt_train.main(gpt_train.Config(**TINY | dict(steps=2, val_data=val, out_dir="a")))
+    seen = lines("a")[-1]["val_loss"]
+    again = gpt_train.main(gpt_train.Config(**TINY | dict(steps=0, data=val, init_from="a", tokenizer=None)))
+    assert again["val_loss"] == pytest.approx(seen, rel=1e-5)
+
+
+def test_kill_9_at_any_moment_twice_and_over_epoch_ends_changes_no_loss():
+    whole = launch("gpt_train.py", *flags(**TINY, out_dir="whole", dropout=0.1))
+    args, rng = flags(**TINY, out_dir="killed", dropout=0.1), random.Random(0)
+    for step in (4, 8):
+        process = launch("gpt_train.py", *args)
+        wait_for_step(process, "killed", step)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        args = flags(resume=True, out_dir="killed")
+    code, _, err = run("gpt_train.py", *args)
+    assert code == 0, err
+    assert whole.wait() == 0
+    assert losses("killed") == losses("whole") and len(losses("whole")) == 12
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resume_goes_on(number):
+    process = launch("gpt_train.py", *flags(**TINY | dict(steps=2000, ckpt_every=5000)))
+    wait_for_step(process, "out/gpt-001", 5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err and "Exception ignored" not in err
+    saved = max(int(path.name) for path in Path("out/gpt-001/ckpt").iterdir())
+    assert f"saved at step {saved}; go on with --resume --out-dir out/gpt-001" in out
+    assert lines("out/gpt-001")[-1]["step"] == saved
+    code, out, err = run("gpt_train.py", *flags(resume=True, steps=saved + 3))  # the newest run is found
+    assert code == 0, err
+    assert [line["step"] for line in lines("out/gpt-001")] == list(range(1, saved + 4))
+
+
+def test_run_that_diverges_stops_and_keeps_its_good_checkpoint():
+    cfg = gpt_train.Config(
+        **TINY | dict(lr=1e18, warmup_steps=0, grad_clip=0.0, ckpt_every=1, keep=20, out_dir="a")
+    )
+    with pytest.raises(common.RunError, match=r"step \d+: loss (nan|inf).*(good checkpoint|no checkpoint)"):
+        gpt_train.main(cfg)
+    for path in Path("a/ckpt").iterdir():
+        assert np.isfinite(next(line["loss"] for line in lines("a") if line["step"] == int(path.name)))
+
+
+def test_stream_that_gives_up_leaves_a_checkpoint(monkeypatch):
+    def broken(open_epoch, batch_size, position):
+        yield from (item for item, _ in zip(batches(open_epoch, batch_size, position), range(4)))
+        raise common.StreamError("the data cannot be read")
+
+    batches = common.batches
+    monkeypatch.setattr(common, "batches", broken)
+    with pytest.raises(common.RunError, match="cannot be read"):
+        gpt_train.main(gpt_train.Config(**TINY | dict(out_dir="a")))
+    assert "4" in os.listdir("a/ckpt")
+
+
+def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp():
+    gpt_train.main(gpt_train.Config(**TINY | dict(steps=3, out_dir="one")))
+    eight = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    for name, changes in {"copied": {}, "cut": dict(fsdp=True, accum=2)}.items():
+        code, out, err = run("gpt_train.py", *flags(**TINY | dict(steps=3, out_dir=name) | changes), **eight)
+        assert code == 0, err
+        assert "8 x cpu" in out
+        np.testing.assert_allclose(
+            [x["loss"] for x in lines(name)], [x["loss"] for x in lines("one")], rtol=1e-4
+        )
+
+
+def test_wandb_gets_every_line(monkeypatch):
+    Path("wandb.py").write_text(
+        "import json\nlog = lambda line, step: print('logged', json.dumps(line), file=open('log', 'a'))\n"
+        "class Run:\n    log = staticmethod(log)\n    finish = staticmethod(lambda: None)\n"
+        "init = lambda **how: print('init', how['project'], how['id'], file=open('log', 'a')) or Run\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    gpt_train.main(gpt_train.Config(**TINY | dict(steps=2, wandb="mine", out_dir="a")))
+    assert Path("log").read_text().splitlines()[0] == "init mine a"
+    assert [json.loads(x[7:]) for x in Path("log").read_text().splitlines()[1:]] == lines("a")
+
+
+# ---- the command line ----
+
+
+def typed(monkeypatch, capsys, script, *args):
+    """(exit code, stderr) of a command line, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *args])
+    try:
+        common.cli(script.Config, script.PRESETS, script.main, script.__doc__)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", gpt_train.PRESETS)
+def test_every_preset_has_help_and_trains(preset):
+    helping = launch("gpt_train.py", "--preset", preset, "--help")
+    small = dict(preset=preset, data=JSON, data_name="x", val_docs=1, tokenizer="bpe:300", seq_len=64)
+    small |= dict(n_layer=1, batch_size=4, accum=2, steps=2, sample_every=0)
+    code, out, err = run("gpt_train.py", *flags(**small))
+    assert code == 0, err
+    assert [line["step"] for line in lines("out/gpt-001")] == [2]
+    text, _ = helping.communicate(timeout=60)
+    assert helping.returncode == 0
+    default = gpt_train.PRESETS[preset].get("n_embd", 128)
+    assert str(default) in text.split("--n-embd")[1].split("--dropout")[0]
+    assert "tokens in a row" in text
+
+
+BAD = {
+    "unknown preset": (["--preset", "gpt3"], "gpt3"),
+    "typo": (["--step", "3"], "--steps"),
+    "heads": (["--n-embd", "100", "--n-head", "3"], "--n-embd 100: must be divisible by --n-head 3"),
+    "file": (["--data", "no/such.txt"], "--data no/such.txt: no such file"),
+    "format": (["--data", "a.doc"], "cannot tell what it is from its name; expected .parquet"),
+    "empty file": (["--data", "empty.jsonl"], "--data empty.jsonl: no documents"),
+    "no text column": (
+        ["--data", "rows.jsonl"],
+        "no text column among id, title, body; name one with --text-column",
+    ),
+    "missing column": (
+        ["--data", "rows.jsonl", "--text-column", "txt"],
+        "no text column txt among id, title, body",
+    ),
+    "few documents": (["--data", JSON, "--val-docs", "9"], "--val-docs 9: *json/*.py has only 5 documents"),
+    "nothing left": (["--data", JSON, "--val-docs", "5"], "the data holds not one row"),
+    "tokenizer": (["--tokenizer", "bpe:12"], "expected bpe:N with N above 256"),
+    "no tokenizer": (["--tokenizer", "./nowhere"], "--tokenizer ./nowhere: no such folder, and not a hub id"),
+    "no model": (["--init-from", "./nowhere"], "./nowhere: no such folder, and not a hub id"),
+    "not a model": (["--init-from", ".", "--tokenizer", "byte"], "--init-from .: no config.json in it"),
+    "positions": (["--init-from", "model", "--tokenizer", "byte"], "--seq-len 128: model has 48 positions"),
+    "sizes": (
+        ["--init-from", "model", "--seq-len", "8", "--tokenizer", "byte", "--n-layer", "9"],
+        "--n-layer 9: model has 3",
+    ),
+    "vocabulary": (
+        ["--init-from", "model", "--seq-len", "8", "--tokenizer", "byte"],
+        "257 tokens, and model has a vocabulary of 199",
+    ),
+    "batch": (["--batch-size", "10", "--accum", "4"], "--batch-size 10: must be a multiple of 4"),
+    "top-k": (["--top-k", "0"], "--top-k 0: must be at least 1"),
+    "top-p": (["--top-p", "1.5"], "--top-p 1.5: must be in (0, 1]"),
+    "prompt": (["--prompt", ""], "--prompt: is empty"),
+    "no steps": (["--steps", "0"], "--steps 0: trains nothing; name a finished model with --init-from"),
+    "nothing to resume": (["--resume"], "--resume: no run of gpt_train.py under out/"),
+    "no run": (["--resume", "--out-dir", "model"], "--resume: model holds no run"),
+    "taken": (["--out-dir", "model"], "--out-dir model: not empty and not a run"),
+    "wandb": (["--wandb", "x"], "--wandb x: needs `pip install wandb`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, monkeypatch, capsys):
+    Path("empty.jsonl").write_text("")
+    Path("a.doc").write_text("x")
+    Path("rows.jsonl").write_text('{"id": 1, "title": "a", "body": "b"}\n' * 30)
+    gpt_train.save_pretrained(tiny_model(), "model")
+    before = sorted(path for path in Path(".").rglob("*"))
+    args, message = BAD[case]
+    code, err = typed(monkeypatch, capsys, gpt_train, *args)
+    assert code == 2
+    head, _, tail = message.partition("*")
+    assert head in err and tail in err
+    if case not in ("unknown preset", "typo"):  # tyro draws a box around these
+        assert len(err.strip().splitlines()) == 1
+    assert sorted(path for path in Path(".").rglob("*")) == before, (
+        "nothing is written before the flags are good"
+    )
+
+
+def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsys):
+    args = flags(**TINY | dict(steps=3, out_dir="a"))
+    assert typed(monkeypatch, capsys, gpt_train, *args)[0] == 0
+    before = losses("a")
+    code, err = typed(monkeypatch, capsys, gpt_train, *args)
+    assert code == 2 and "holds a run already; --resume to go on with it, --overwrite" in err
+    assert losses("a") == before
+    for changes, message in {
+        ("--data", sysconfig.get_path("stdlib") + "/email/*.py"): "was started with",
+        ("--seq-len", "16"): "--seq-len 16: the run in a was started with 32; start a new run to change it",
+        ("--seed", "7"): "--seed 7: the run in a was started with 0",
+        ("--preset", "gpt2"): "--preset gpt2: the run in a was started with stdlib",
+        ("--steps", "2"): "--steps 2: the run in a is at step 3 already",
+    }.items():
+        code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", *changes)
+        assert code == 2 and message in err
+    assert losses("a") == before
+    assert typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")[0] == 0
+    assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5] and losses("a")[:2] == before[:2]
+    assert typed(monkeypatch, capsys, gpt_train, *args, "--overwrite")[0] == 0
+    assert losses("a") == before
+
+
+def test_changed_files_are_not_resumed(monkeypatch, capsys):
+    Path("text.txt").write_text("one two three " * 3000)
+    Path("val.txt").write_text("one two three " * 10)
+    args = flags(**TINY | dict(data="text.txt", val_data="val.txt", steps=2, out_dir="a"))
+    assert typed(monkeypatch, capsys, gpt_train, *args)[0] == 0
+    Path("text.txt").write_text("one two three four " * 3000)
+    code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "4")
+    assert code == 2 and "files of the data" in err
+
+
+def test_hub_that_cannot_be_reached_is_said_at_once():
+    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET="1")
+    start = time.perf_counter()
+    data = launch("gpt_train.py", "--data", "some/where", **nowhere)
+    code, _, err = run("gpt_train.py", "--init-from", "some/model", **nowhere)
+    assert code == 2 and "--init-from some/model" in err.splitlines()[-1]
+    _, err = data.communicate(timeout=100)
+    assert data.returncode == 2 and "without a network, --data stdlib works" in err.splitlines()[-1]
+    assert time.perf_counter() - start < 60
+
+
+def test_same_command_same_losses():
+    for name in ("a", "b"):
+        gpt_train.main(gpt_train.Config(**TINY | dict(steps=4, out_dir=name, dropout=0.1)))
+    assert losses("a") == losses("b")
+    gpt_train.main(gpt_train.Config(**TINY | dict(steps=4, out_dir="c", dropout=0.1, seed=1)))
+    assert losses("c")[0]["loss"] != losses("a")[0]["loss"]
