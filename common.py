@@ -105,7 +105,7 @@ def tune_malloc():
 
 
 def check(cfg, *at_least_one):
-    """What every script asks of its flags: positive counts, a batch that divides over microbatches and devices."""
+    """What every script asks of its flags; a batch must divide over microbatches and devices."""
     for name in ("batch_size", "accum", "log_every", "eval_every", "ckpt_every", "keep", *at_least_one):
         expect(getattr(cfg, name) > 0, f"{flag(name)} {getattr(cfg, name)}: must be at least 1")
     expect(cfg.steps >= 0, f"--steps {cfg.steps}: must not be negative")
@@ -155,7 +155,7 @@ def open_text(data, name=None, column=None, option="--data"):
     try:
         builder = open_builder(data, name, option)
         splits = builder.as_streaming_dataset()
-        rows = {split: next(iter(ds), None) for split, ds in splits.items()}
+        rows = {split: first_row(ds) for split, ds in splits.items()}
     except UsageError:
         raise
     except Exception as error:  # datasets and the hub raise some twenty kinds
@@ -167,12 +167,19 @@ def open_text(data, name=None, column=None, option="--data"):
         expect(row, f"{option} {data}: no documents in it (split {split})")
         texts = [c for c, value in row.items() if isinstance(value, str)]
         found = column or ("text" if "text" in row else texts[0] if len(texts) == 1 else None)
-        columns = f"no text column {found or ''}among {', '.join(row)}; name one with --text-column"
-        expect(found in row, f"{option} {data}: {columns}")
+        missing = " ".join(filter(None, ("no text column", found, "among", ", ".join(row))))
+        expect(found in row, f"{option} {data}: {missing}; name one with --text-column")
         fingerprint = dict(data=data, data_name=name, column=found, files=digest_files(builder, split))
         sources["train" if len(splits) == 1 else split] = Source(ds, found, fingerprint)
     expect("train" in sources, f"{option} {data}: no train split among {', '.join(sources)}")
     return sources
+
+
+def first_row(ds):
+    try:
+        return next(iter(ds), None)
+    except StopIteration:  # what the json reader says of an empty file
+        return None
 
 
 def is_local(data):
@@ -245,8 +252,8 @@ def batches(open_epoch, batch_size, position=None, retries=8):
         except TRANSIENT as error:
             failures += 1
             if failures > retries:
-                raise RunError(
-                    f"the data cannot be read, {retries} times in a row: {first_line(error)}"
+                raise StreamError(
+                    f"the data failed {failures} times in a row: {first_line(error)}"
                 ) from error
             pause = min(2 ** (failures - 1), 60)
             tqdm.write(

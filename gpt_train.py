@@ -179,10 +179,9 @@ def validation_rows(tokenizer, texts, length):
 # ---- model ----
 
 
-def linear(fan_in, fan_out, config, rngs, std=0.02):
+def linear(fan_in, fan_out, dtype, rngs, std=0.02):
     """A dense layer with GPT-2's init; its kernel is (in, out), as in the published checkpoints."""
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=config.dtype, rngs=rngs)
+    return nnx.Linear(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
 
 
 def dropout(x, rate, key):
@@ -193,10 +192,10 @@ def dropout(x, rate, key):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config, rngs):
+    def __init__(self, config, dtype, rngs):
         self.n_head, self.attn_pdrop, self.resid_pdrop = config.n_head, config.attn_pdrop, config.resid_pdrop
-        self.c_attn = linear(config.n_embd, 3 * config.n_embd, config, rngs)
-        self.c_proj = linear(config.n_embd, config.n_embd, config, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_attn = linear(config.n_embd, 3 * config.n_embd, dtype, rngs)
+        self.c_proj = linear(config.n_embd, config.n_embd, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x, key=None, cache=None, pos=None):
         B, T, C = x.shape
@@ -219,20 +218,20 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config, rngs):
+    def __init__(self, config, dtype, rngs):
         C, self.resid_pdrop = config.n_embd, config.resid_pdrop
-        self.c_fc = linear(C, 4 * C, config, rngs)
-        self.c_proj = linear(4 * C, C, config, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_fc = linear(C, 4 * C, dtype, rngs)
+        self.c_proj = linear(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x, key=None):
         return dropout(self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True)), self.resid_pdrop, key)
 
 
 class Block(nnx.Module):
-    def __init__(self, config, rngs):
-        norm = partial(nnx.LayerNorm, config.n_embd, epsilon=config.layer_norm_epsilon, dtype=config.dtype)
-        self.ln_1, self.attn = norm(rngs=rngs), Attention(config, rngs)
-        self.ln_2, self.mlp = norm(rngs=rngs), MLP(config, rngs)
+    def __init__(self, config, dtype, rngs):
+        norm = partial(nnx.LayerNorm, config.n_embd, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.ln_1, self.attn = norm(rngs=rngs), Attention(config, dtype, rngs)
+        self.ln_2, self.mlp = norm(rngs=rngs), MLP(config, dtype, rngs)
 
     def __call__(self, x, key=None, cache=None, pos=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
@@ -244,22 +243,18 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """GPT-2 (Radford et al. 2019), its attributes named as in the published checkpoints.
 
-    `config`: a transformers.GPT2Config; its dtype is that of the computation, parameters are float32.
+    `config`: a transformers.GPT2Config. `dtype`: of the computation; parameters are float32.
     model(tokens (B, T) int32) -> logits (B, T, V) float32. Dropout only where a key is given.
     """
 
-    def __init__(self, config, *, remat=False, rngs):
+    def __init__(self, config, *, dtype="float32", remat=False, rngs):
         self.config, self.remat = nnx.static(config), remat
         init = nnx.initializers.normal(0.02)
-        embed = partial(nnx.Embed, features=config.n_embd, embedding_init=init, dtype=config.dtype, rngs=rngs)
-        self.wte = embed(
-            -(-config.vocab_size // 128) * 128
-        )  # whole tiles for the matrix units, never seen outside
+        embed = partial(nnx.Embed, features=config.n_embd, embedding_init=init, dtype=dtype, rngs=rngs)
+        self.wte = embed(-(-config.vocab_size // 128) * 128)  # whole tiles; the padding is never seen outside
         self.wpe = embed(config.n_positions)
-        self.h = nnx.List([Block(config, rngs) for _ in range(config.n_layer)])
-        self.ln_f = nnx.LayerNorm(
-            config.n_embd, epsilon=config.layer_norm_epsilon, dtype=config.dtype, rngs=rngs
-        )
+        self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
+        self.ln_f = nnx.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens, key=None):
         return self.head(self.hidden(tokens, key)[0])
@@ -305,7 +300,7 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
         path, "--init-from", ["config.json", "*.safetensors", "*.safetensors.index.json"]
     )
     config = common.read_config(GPT2Config, folder, path)
-    config.update(overrides | {"dtype": dtype})
+    config.update(overrides)
     only = dict(
         activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True
     )
@@ -313,7 +308,7 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
         found = getattr(config, name)
         expect(found == value, f"--init-from {path}: {name} is {found}, only {value} is supported")
     weights = {k.removeprefix("transformer."): w for k, w in common.read_weights(folder, path).items()}
-    model = nnx.eval_shape(lambda: GPT(config, remat=remat, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     state = nnx.state(model)
     for name, param in checkpoint_names(state).items():
         expect(name in weights, f"--init-from {path}: {name} is missing")
@@ -509,17 +504,14 @@ def build(cfg, tokenizer):
     rates = dict(embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, resid_pdrop=cfg.dropout)
     if not cfg.init_from:
         sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_positions=cfg.seq_len)
-        config = GPT2Config(
-            vocab_size=V, bos_token_id=eos, eos_token_id=eos, dtype=cfg.dtype, **sizes, **rates
-        )
-        return nnx.jit(lambda: GPT(config, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed)))()
+        config = GPT2Config(vocab_size=V, bos_token_id=eos, eos_token_id=eos, **sizes, **rates)
+        create = lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed))
+        return nnx.jit(create)()
     model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
     config, default = model.config, Config(**PRESETS[cfg.preset])
     for name in ("n_layer", "n_head", "n_embd"):  # left at the default, they are those of the checkpoint
         asked, found = getattr(cfg, name), getattr(config, name)
         expect(asked in (found, getattr(default, name)), f"{flag(name)} {asked}: {cfg.init_from} has {found}")
-    positions = f"{cfg.init_from} has {config.n_positions} positions"
-    expect(cfg.seq_len <= config.n_positions, f"--seq-len {cfg.seq_len}: {positions}")
     vocabulary = f"{cfg.init_from} has a vocabulary of {config.vocab_size}"
     name = cfg.tokenizer or cfg.init_from
     expect(config.vocab_size >= V, f"--tokenizer {name}: has {V} tokens, and {vocabulary}")
@@ -544,6 +536,8 @@ def main(cfg):
     val_texts = list(islice(held_out, cfg.val_docs))
     n, val_set = len(val_texts), set(val_texts)
     expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer")
+    rest = next((text for text in train if text not in val_set), None)
+    expect(rest, f"--val-docs {n}: leaves no document of {cfg.data} to train on; ask for fewer")
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
     tokenizer = load_tokenizer(name, (text for text in train if text not in val_set))
     val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len)
@@ -552,6 +546,8 @@ def main(cfg):
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
+    positions = model.config.n_positions
+    expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg.accum, schedule)
