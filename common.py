@@ -155,9 +155,11 @@ def open_text(data, name=None, column=None, option="--data"):
     try:
         builder = open_builder(data, name, option)
         splits = builder.as_streaming_dataset()
-        rows = {split: first_row(ds) for split, ds in splits.items()}
+        rows = {split: next(iter(ds), None) for split, ds in splits.items()}
     except UsageError:
         raise
+    except StopIteration:  # what the json reader says of an empty file
+        splits, rows = {"train": None}, {"train": None}
     except Exception as error:  # datasets and the hub raise some twenty kinds
         offline = "" if is_local(data) else "; without a network, --data stdlib works"
         raise UsageError(f"{option} {data}: {first_line(error)}{offline}") from error
@@ -173,13 +175,6 @@ def open_text(data, name=None, column=None, option="--data"):
         sources["train" if len(splits) == 1 else split] = Source(ds, found, fingerprint)
     expect("train" in sources, f"{option} {data}: no train split among {', '.join(sources)}")
     return sources
-
-
-def first_row(ds):
-    try:
-        return next(iter(ds), None)
-    except StopIteration:  # what the json reader says of an empty file
-        return None
 
 
 def is_local(data):

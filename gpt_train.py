@@ -93,10 +93,8 @@ class Config:
 
 # GPT-3's learning rates for these sizes (Brown et al. 2020, table 2.1); 19,073 steps are 10 B tokens
 HUB = dict(data="HuggingFaceFW/fineweb-edu", data_name="sample-10BT", tokenizer="gpt2", shuffle_buffer=10_000)
-HUB |= dict(
-    seq_len=1_024, batch_size=512, steps=19_073, warmup_steps=700, optimizer="adamw", dtype="bfloat16"
-)
-HUB |= dict(val_docs=1_000, max_new_tokens=200)
+HUB |= dict(seq_len=1_024, batch_size=512, steps=19_073, warmup_steps=700, optimizer="adamw")
+HUB |= dict(dtype="bfloat16", val_docs=1_000, max_new_tokens=200)
 LARGE = HUB | dict(remat=True)
 PRESETS = {
     "stdlib": {},
@@ -116,12 +114,8 @@ def load_tokenizer(name, documents=()):
     if kind not in ("byte", "bpe"):
         files = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
         tokenizer = AutoTokenizer.from_pretrained(common.snapshot(name, "--tokenizer", files))
-        expect(
-            tokenizer.is_fast, f"--tokenizer {name}: a slow tokenizer; only those with a tokenizer.json work"
-        )
-        expect(
-            tokenizer.eos_token_id is not None, f"--tokenizer {name}: has no end token to join documents with"
-        )
+        expect(tokenizer.is_fast, f"--tokenizer {name}: has no fast form (tokenizer.json)")
+        expect(tokenizer.eos_token_id is not None, f"--tokenizer {name}: has no end token to join documents")
         return tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, spelled as GPT-2 spells them
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
@@ -401,10 +395,8 @@ def make_train_step(graphdef, state, accum, schedule):
 def evaluate(eval_step, state, inputs, targets, batch_size, put):
     """Mean loss in nats over every target of the rows (N, T), whatever the batch size."""
     short = -len(inputs) % batch_size  # the last batch is filled up with targets that do not count
-    inputs, targets = (
-        np.pad(inputs, ((0, short), (0, 0))),
-        np.pad(targets, ((0, short), (0, 0)), constant_values=-1),
-    )
+    inputs = np.pad(inputs, ((0, short), (0, 0)))
+    targets = np.pad(targets, ((0, short), (0, 0)), constant_values=-1)
     sums = []
     for i in range(0, len(inputs), batch_size):
         sums.append(eval_step(state, put(inputs[i : i + batch_size]), put(targets[i : i + batch_size])))
