@@ -23,6 +23,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 STARTED = time.perf_counter()
+
+
+def tune_malloc():
+    """Keep glibc from handing big buffers back to the system on every step: 20-30 % of a step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and "MALLOC_MMAP_MAX_" not in os.environ:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX
+
+
+# one of our scripts is the program: only then touch the process, and before jax starts its threads
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in ("gpt_train",):
+    tune_malloc()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
 import datasets  # noqa: E402
@@ -77,10 +91,12 @@ def cli(Config, presets, main, doc):
     early.add_argument("--out-dir", "--out_dir")
     early.add_argument("--resume", action="store_true")
     early = early.parse_known_args()[0]
-    tune_malloc()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "nanoflax"))
+        jax.config.update(
+            "jax_persistent_cache_min_compile_time_secs", 0
+        )  # many small ones make a slow start
     try:
         changes = {"preset": early.preset} | presets[early.preset] if early.preset in presets else {}
         if early.resume:
@@ -93,15 +109,6 @@ def cli(Config, presets, main, doc):
     except KeyboardInterrupt:
         print(f"{script}.py: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def tune_malloc():
-    """Keep glibc from handing big buffers back to the system on every step: 20-30 % of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and "MALLOC_MMAP_MAX_" not in os.environ:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def check(cfg, *at_least_one):
@@ -140,9 +147,8 @@ class Source:
     def map(self, function, epoch, *, window, seed):
         """One epoch, its shards in that epoch's order, with `function(batch, indices)` over every window."""
         ds = self.dataset.reshard().select_columns([self.column])
-        ds = ds.map(
-            function, batched=True, batch_size=window, with_indices=True, remove_columns=[self.column]
-        )
+        how = dict(batched=True, batch_size=window, with_indices=True, remove_columns=[self.column])
+        ds = ds.map(function, **how)
         ds.set_epoch(1 + 1000 * seed + epoch)  # 0 would keep the order of the files
         return ds
 
@@ -178,7 +184,8 @@ def open_text(data, name=None, column=None, option="--data"):
 
 
 def is_local(data):
-    looks_like_a_path = re.search(r"[*?\[\\]|^[./~]|/.*/|\.\w+$", data)
+    """Whether `data` names files here, existing or not, rather than a URL or a data set on the hub."""
+    looks_like_a_path = reader_of(data) or re.search(r"[*?\[\\]|^[./~]|/.*/", data)
     return data == "stdlib" or Path(data).expanduser().exists() or (looks_like_a_path and "://" not in data)
 
 
@@ -240,20 +247,14 @@ def batches(open_epoch, batch_size, position=None, retries=8):
                         yield {name: np.stack([r[name] for r in rows]) for name in row}, position
                         rows, before = [], None
                 if len(rows) == before and state is None:
-                    raise StreamError(
-                        "the data holds not one row: all of it together is shorter than --seq-len"
-                    )
+                    raise StreamError("all of the data together is shorter than one row of --seq-len")
                 epoch, state = epoch + 1, None
         except TRANSIENT as error:
-            failures += 1
+            failures, what = failures + 1, first_line(error)
             if failures > retries:
-                raise StreamError(
-                    f"the data failed {failures} times in a row: {first_line(error)}"
-                ) from error
+                raise StreamError(f"the data failed {failures} times in a row: {what}") from error
             pause = min(2 ** (failures - 1), 60)
-            tqdm.write(
-                f"data: {first_line(error)}; try {failures} of {retries} in {pause} s", file=sys.stderr
-            )
+            tqdm.write(f"data: {what}; try {failures} of {retries} in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
 

@@ -54,16 +54,16 @@ class Config:
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
     # model
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    n_head: int = 2
+    n_embd: int = 96
     dropout: float = 0.0  # on embeddings, attention and residual branches; 0 for pre-training
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
-    batch_size: int = 16  # rows a step, over all devices
+    batch_size: int = 32  # rows a step, over all devices
     accum: int = 1  # microbatches that a step is cut into, to fit in memory
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 1.2e-2  # peak learning rate
     min_lr: float = 0.0  # where the cosine ends
     warmup_steps: int = 50
     weight_decay: float = 0.1  # on matrices and embeddings only
@@ -470,6 +470,8 @@ def complete(model, tokenizer, prompts, cfg, key):
     longest = max(lengths)
     expect(longest < positions, f"--prompt: {longest} tokens, and the model has {positions} positions")
     new = min(cfg.max_new_tokens, positions - longest)
+    if new < cfg.max_new_tokens:
+        print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
     tokens = np.array([i + [0] * (longest - len(i)) for i in ids])
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=tokenizer.eos_token_id)
     out = np.asarray(generate(model, tokens, new, key=key, lengths=lengths, **how))
@@ -567,9 +569,9 @@ def main(cfg):
     stream = common.batches(open_epoch, cfg.batch_size, position)
     stream = common.Prefetch(stream, depth=128, stop=lambda: run.stop)
 
-    N, L, C, T = sum(p.size for p in jax.tree.leaves(nnx.state(model))), cfg.n_layer, cfg.n_embd, cfg.seq_len
+    N, T = sum(p.size for p in jax.tree.leaves(nnx.state(model))), cfg.seq_len
     # FLOPs to train on a token: 6 a parameter but for wpe's, 12 L C T for attention (arXiv 2204.02311, B)
-    flops = 6 * (N - model.wpe.embedding.size) + 12 * L * C * T
+    flops = 6 * (N - model.wpe.embedding.size) + 12 * model.config.n_layer * model.config.n_embd * T
     source = " ".join(filter(None, (cfg.data, cfg.data_name)))
     print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}")
     print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -583,17 +585,17 @@ def main(cfg):
             state, metrics = train_step(state, put(batch["ids"]), jax.random.fold_in(key, step))
             step += 1
             run.step(step, state, position, metrics)
-            due = lambda every, step=step: every and (step % every == 0 or step == cfg.steps)
-            if due(cfg.eval_every):
+            last = step == cfg.steps
+            if step % cfg.eval_every == 0 or last:
                 with run.pause():
                     result = validate(state)
                 run.flush(**result)
-            if due(cfg.sample_every):
+            if cfg.sample_every and (step % cfg.sample_every == 0 or last):
                 with run.pause():
                     model = nnx.merge(graphdef, state)[0]
                     texts = complete(model, tokenizer, cfg.prompt or [""], cfg, jax.random.key(step))
                 run.say("\n---\n".join(texts))
-            if due(cfg.ckpt_every):
+            if step % cfg.ckpt_every == 0 or last:
                 run.save()
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")
