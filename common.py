@@ -94,9 +94,8 @@ def cli(Config, presets, main, doc):
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "nanoflax"))
-        jax.config.update(
-            "jax_persistent_cache_min_compile_time_secs", 0
-        )  # many small ones make a slow start
+        # even the small ones: there are many at the start
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         changes = {"preset": early.preset} | presets[early.preset] if early.preset in presets else {}
         if early.resume:
@@ -512,13 +511,8 @@ class Run:
         """
         steps = self.cfg.steps
         expect(step <= steps, f"--steps {steps}: the run in {self.dir} is at step {step} already")
-        self.unit, self.per_step, self.flops, self.stream, self.peak = (
-            unit,
-            per_step,
-            flops,
-            stream,
-            peak_flops(),
-        )
+        self.unit, self.per_step, self.stream = unit, per_step, stream
+        self.flops, self.peak = flops, peak_flops()
         self.pending, self.due, self.first, self.latest = [], None, step + 1, None
         self.mark = np.array([step, time.perf_counter(), 0])  # step, time and seconds waited at the last line
         self.timed = np.zeros(3)  # the same, summed over all lines but the first, which holds the compilation
@@ -584,9 +578,7 @@ class Run:
         for step, metrics in fetched:
             if not np.isfinite([*metrics.values()]).all():
                 found = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-                saved = (
-                    f"the last good checkpoint is step {self.saved}" if self.saved else "no checkpoint yet"
-                )
+                saved = f"the last good checkpoint is step {self.saved or 'none'}"
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {found}; {saved}; {advice}")
         if not self.due:

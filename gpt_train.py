@@ -38,37 +38,31 @@ END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we 
 class Config:
     preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "stdlib"  # other defaults
     # data
-    data: str = (
-        "stdlib"  # "stdlib" (Python's own source, offline), a hub id, or files, a glob, a folder, a URL
-    )
+    data: str = "stdlib"  # stdlib (Python's own source, offline), a hub id, files, a glob, a folder or a URL
     data_name: str | None = None  # configuration of the hub data set, as in sample-10BT
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
-    val_data: str | None = (
-        None  # validation source; else the validation split, or the first documents of data
-    )
+    val_data: str | None = None  # validation source; else the validation split, or data's first documents
     val_docs: int = 10  # documents to validate on, never trained on
-    tokenizer: str | None = (
-        None  # hub id, folder, byte, or bpe:N (trained here); else of init_from, or bpe:4096
-    )
+    tokenizer: str | None = None  # hub id, folder, byte or bpe:N (trained); else init_from's, or bpe:4096
     seq_len: int = 128  # tokens in a row, T
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
     # model
-    n_layer: int = 4
-    n_head: int = 2
-    n_embd: int = 96
+    n_layer: int = 4  # blocks, L
+    n_head: int = 2  # attention heads, H
+    n_embd: int = 96  # width, C
     dropout: float = 0.0  # on embeddings, attention and residual branches; 0 for pre-training
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
     batch_size: int = 32  # rows a step, over all devices
-    accum: int = 1  # microbatches that a step is cut into, to fit in memory
+    accum: int = 2  # microbatches that a step is cut into, to fit in memory, and on a CPU in its caches
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
     lr: float = 1.2e-2  # peak learning rate
     min_lr: float = 0.0  # where the cosine ends
-    warmup_steps: int = 50
+    warmup_steps: int = 50  # linear, from nothing to lr
     weight_decay: float = 0.1  # on matrices and embeddings only
     grad_clip: float = 1.0  # global norm; 0 does not clip
-    seed: int = 0
+    seed: int = 0  # of the init, the order of the data, dropout and sampling
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     fsdp: bool = False  # shard parameters and optimizer state over the devices
@@ -76,16 +70,16 @@ class Config:
     out_dir: str | None = None  # directory of the run; else the next free out/gpt-001, out/gpt-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir and start again
-    log_every: int = 10
-    eval_every: int = 250
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    eval_every: int = 250  # steps between two validations, which redraw curves.png
     eval_batches: int = 0  # batches of validation rows; 0 takes all of val_docs
     sample_every: int = 250  # print a sample; 0 never does
-    ckpt_every: int = 250
+    ckpt_every: int = 250  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
     wandb: str | None = None  # project on Weights & Biases to log to
     # sampling
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text to go on from; repeatable
-    max_new_tokens: int = 100
+    max_new_tokens: int = 100  # tokens in a sample, at most
     temperature: float = 0.8  # 0 takes the likeliest token
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = None  # draw among the likeliest tokens that hold this much probability
@@ -135,8 +129,8 @@ def encode(tokenizer, texts):
     backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
     ids = [np.zeros(0, np.uint16 if len(tokenizer) < 1 << 16 else np.int32)]
-    for i in range(0, len(texts), 256):  # an encoding takes 100 bytes a token, so never hold many
-        chunk = backend.encode_batch_fast(texts[i : i + 256], add_special_tokens=False)
+    for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
+        chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
         ids += [np.array([*encoding.ids, eos], ids[0].dtype) for encoding in chunk]
     return np.concatenate(ids)
 
@@ -290,15 +284,12 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
 
     A smaller n_positions keeps the first ones. Raises UsageError for what is not a GPT-2.
     """
-    folder = common.snapshot(
-        path, "--init-from", ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    )
+    files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    folder = common.snapshot(path, "--init-from", files)
     config = common.read_config(GPT2Config, folder, path)
     config.update(overrides)
-    only = dict(
-        activation_function="gelu_new", scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True
-    )
-    for name, value in only.items():
+    fixed = dict(activation_function="gelu_new", tie_word_embeddings=True)
+    for name, value in (fixed | dict(scale_attn_by_inverse_layer_idx=False)).items():
         found = getattr(config, name)
         expect(found == value, f"--init-from {path}: {name} is {found}, only {value} is supported")
     weights = {k.removeprefix("transformer."): w for k, w in common.read_weights(folder, path).items()}
@@ -341,10 +332,9 @@ def loss_sum(model, tokens, targets, key=None):
 
 def make_schedule(cfg):
     """Linear warm-up for `warmup_steps`, then a cosine that reaches min_lr at `steps`."""
-    warm = min(cfg.warmup_steps, max(cfg.steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(
-        cfg.lr / (warm + 1), cfg.lr, warm, max(cfg.steps, 1), cfg.min_lr
-    )
+    steps = max(cfg.steps, 1)
+    warm = min(cfg.warmup_steps, steps - 1)
+    return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
 
 
 def make_optimizer(cfg, schedule):
@@ -354,9 +344,8 @@ def make_optimizer(cfg, schedule):
     if cfg.optimizer == "muon":
         muon = optax.contrib.muon(schedule, weight_decay=cfg.weight_decay, consistent_rms=0.2)
         kind = lambda path, p: "hidden" if path[0].key == "h" and p.ndim == 2 else "rest"
-        rule = optax.partition(
-            {"hidden": muon, "rest": rule}, partial(jax.tree_util.tree_map_with_path, kind)
-        )
+        kinds = partial(jax.tree_util.tree_map_with_path, kind)
+        rule = optax.partition({"hidden": muon, "rest": rule}, kinds)
     return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), rule) if cfg.grad_clip else rule
 
 
