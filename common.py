@@ -101,13 +101,23 @@ def cli(Config, presets, main, doc):
         if early.resume:
             out_dir = early.out_dir or newest_run(script)
             changes = read_run(out_dir)["config"] | {"out_dir": str(out_dir)}
+            changes = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
+            }  # json has no tuple
         main(tyro.cli(Config, default=Config(**changes), prog=f"{script}.py", description=doc))
+        code = 0
     except (UsageError, RunError) as error:
         print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        code = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{script}.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except SystemExit as stop:
+        code = stop.code
+    if any(thread.name == "prefetch" for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(code)  # one that still waits for the network would crash the interpreter on its way out
+    sys.exit(code)
 
 
 def check(cfg, *at_least_one):
@@ -125,8 +135,8 @@ def check(cfg, *at_least_one):
 # ---- sources ----
 
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
-READERS |= {".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+READERS |= {".txt": "text", ".md": "text", ".py": "text"}
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 @dataclasses.dataclass
@@ -153,7 +163,7 @@ class Source:
 
 
 def open_text(data, name=None, column=None, option="--data"):
-    """{"train": Source, maybe "validation": Source} of "stdlib", a hub id, files, a glob, a folder or a URL.
+    """{"train": Source, maybe "validation": Source} of "stdlib", a hub id, a file, a glob or a folder.
 
     Always streaming. Raises UsageError where nothing can be read or the text column is not to be found.
     """
@@ -183,20 +193,18 @@ def open_text(data, name=None, column=None, option="--data"):
 
 
 def is_local(data):
-    """Whether `data` names files here, existing or not, rather than a URL or a data set on the hub."""
+    """Whether `data` names files here, existing or not, rather than a data set on the hub."""
     looks_like_a_path = reader_of(data) or re.search(r"[*?\[\\]|^[./~]|/.*/", data)
-    return data == "stdlib" or Path(data).expanduser().exists() or (looks_like_a_path and "://" not in data)
+    return data == "stdlib" or Path(data).expanduser().exists() or looks_like_a_path
 
 
 def open_builder(data, name, option):
     """The builder of the datasets library that reads `data`."""
     path, whole = Path(data).expanduser(), dict(sample_by="document", encoding_errors="replace")
-    if "://" not in data and not is_local(data):
+    if not is_local(data):
         # small blocks: a resume fetches what it needs, not all that lies before it in the file
         return datasets.load_dataset_builder(data, name, storage_options={"hf": {"block_size": 1 << 16}})
-    if "://" in data:
-        files = [data]
-    elif path.is_dir():
+    if path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if reader_of(p))
     else:
         pattern = sysconfig.get_path("stdlib") + "/*.py" if data == "stdlib" else str(path)
@@ -265,7 +273,8 @@ class Prefetch:
 
     def __init__(self, items, depth, stop=lambda: False):
         self.queue, self.stop, self.closed, self.waited = queue.Queue(depth), stop, threading.Event(), 0.0
-        threading.Thread(target=self.fill, args=(items,), daemon=True).start()
+        self.thread = threading.Thread(target=self.fill, args=(items,), name="prefetch", daemon=True)
+        self.thread.start()
 
     def fill(self, items):
         try:
@@ -304,6 +313,7 @@ class Prefetch:
 
     def close(self):
         self.closed.set()
+        self.thread.join(timeout=5)
 
 
 # ---- devices ----
@@ -474,9 +484,9 @@ class Run:
 
     def restore(self, state):
         """(step, state, position) of the newest checkpoint, sharded like `state`; or (0, state, None)."""
-        lines = [
-            line for line in self.read_lines() if line["step"] <= (self.saved or 0)
-        ]  # the rest comes again
+        steps, step = self.cfg.steps, self.saved or 0
+        expect(step <= steps, f"--steps {steps}: the run in {self.dir} is at step {step} already")
+        lines = [line for line in self.read_lines() if line["step"] <= step]  # the rest comes again
         write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         self.last = lines[-1] if lines else {}
         if self.saved is None:
@@ -509,14 +519,12 @@ class Run:
 
         `per_step`: `unit`s (tokens, images) in a step; `flops`: to train on one; `stream`: a Prefetch.
         """
-        steps = self.cfg.steps
-        expect(step <= steps, f"--steps {steps}: the run in {self.dir} is at step {step} already")
         self.unit, self.per_step, self.stream = unit, per_step, stream
         self.flops, self.peak = flops, peak_flops()
         self.pending, self.due, self.first, self.latest = [], None, step + 1, None
         self.mark = np.array([step, time.perf_counter(), 0])  # step, time and seconds waited at the last line
         self.timed = np.zeros(3)  # the same, summed over all lines but the first, which holds the compilation
-        self.bar = tqdm(total=steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
+        self.bar = tqdm(total=self.cfg.steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         if self.cfg.wandb:
             import wandb
 
