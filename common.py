@@ -146,6 +146,7 @@ class Source:
     dataset: datasets.IterableDataset
     column: str
     fingerprint: dict  # what a resume must find unchanged
+    bad: set = dataclasses.field(default_factory=set)  # (epoch, index) of every record skipped so far
 
     def __iter__(self):
         """The documents in the order of the files."""
@@ -514,12 +515,13 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     @contextmanager
-    def training(self, step, unit, per_step, flops, stream):
+    def training(self, step, unit, per_step, flops, stream, bad):
         """Around the loop: keeps the clock, and saves at a signal and when the stream gives up.
 
-        `per_step`: `unit`s (tokens, images) in a step; `flops`: to train on one; `stream`: a Prefetch.
+        `per_step`: `unit`s (tokens, images) in a step; `flops`: to train on one; `stream`: a Prefetch;
+        `bad`: the skipped records of the Source.
         """
-        self.unit, self.per_step, self.stream = unit, per_step, stream
+        self.unit, self.per_step, self.stream, self.bad = unit, per_step, stream, bad
         self.flops, self.peak = flops, peak_flops()
         self.pending, self.due, self.first, self.latest = [], None, step + 1, None
         self.mark = np.array([step, time.perf_counter(), 0])  # step, time and seconds waited at the last line
@@ -600,6 +602,7 @@ class Run:
         line = {"step": self.due} | {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
         line |= {self.unit: self.due * self.per_step, f"{self.unit}_per_s": rate}
         line |= {"mfu": rate * self.flops / self.peak if self.peak else None, "data_wait": waited / seconds}
+        line |= {"bad_records": len(self.bad)}
         self.last, self.due = line | extra, None
         with open(self.dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")

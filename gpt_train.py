@@ -152,7 +152,10 @@ def training_rows(source, tokenizer, cfg, held_out, epoch):
     """One epoch of `source`, but for the texts in `held_out`, as rows {"ids": (T + 1,) int}."""
 
     def pack_window(batch, index):
-        texts = [text for text in batch[source.column] if text and text not in held_out]
+        texts = batch[source.column]
+        good = [isinstance(text, str) and text != "" for text in texts]
+        source.bad.update((epoch, i) for i, ok in zip(index, good) if not ok)
+        texts = [text for text, ok in zip(texts, good) if ok and text not in held_out]
         rng = np.random.default_rng([cfg.seed, epoch, jax.process_index(), index[0]])
         return {"ids": pack(encode(tokenizer, texts), cfg.seq_len + 1, rng)}
 
@@ -574,7 +577,7 @@ def main(cfg):
     print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
 
-    with run.training(step, "tokens", cfg.batch_size * T, flops, stream):
+    with run.training(step, "tokens", cfg.batch_size * T, flops, stream, train.bad):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
             state, metrics = train_step(state, put(batch["ids"]), jax.random.fold_in(key, step))
             step += 1

@@ -219,6 +219,15 @@ def test_training_rows_hold_the_documents_and_differ_between_epochs():
     assert len(epochs[0] & epochs[1]) < 0.1 * len(epochs[0]), "another cut in every epoch"
 
 
+def test_empty_documents_are_skipped_and_counted():
+    texts = [*common.open_text(JSON)["train"], None, "", None]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    last = gpt_train.main(gpt_train.Config(**TINY | dict(data="a.jsonl", steps=2, out_dir="a")))
+    assert last["bad_records"] >= 3 and last["bad_records"] % 3 == 0, (
+        "in every epoch, as far as the stream is ahead"
+    )
+
+
 def test_end_token_inside_a_document_is_text():
     tokenizer = gpt_train.load_tokenizer("bpe:300", ["a <|endoftext|> b"] * 10)
     ids = gpt_train.encode(tokenizer, ["a <|endoftext|> b", "c"])
