@@ -425,11 +425,12 @@ def generate(
     Row b holds lengths[b] tokens, then padding; its new tokens follow at once. After `eos` there is only eos.
     Raises ValueError beyond the model's positions.
     """
-    (B, T), positions = tokens.shape, model.config.n_positions
+    tokens, positions = jnp.asarray(tokens, jnp.int32), model.config.n_positions
+    B, T = tokens.shape
     if T + max_new_tokens > positions:
         raise ValueError(f"{T} + {max_new_tokens} tokens, and the model has {positions} positions")
     lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
-    tokens, how = jnp.asarray(tokens, jnp.int32), (max_new_tokens, temperature, top_k, top_p, eos)
+    how = max_new_tokens, temperature, top_k, top_p, eos
     return _generate(model, tokens, jnp.asarray(lengths, jnp.int32), key, *how)
 
 
