@@ -526,10 +526,9 @@ def main(cfg):
     val_texts = list(islice(held_out, cfg.val_docs))
     n, val_set = len(val_texts), set(val_texts)
     expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer")
-    rest = next((text for text in train if text not in val_set), None)
-    expect(
-        rest or not cfg.steps, f"--val-docs {n}: leaves no document of {cfg.data} to train on; ask for fewer"
-    )
+    if cfg.steps:
+        left = f"--val-docs {n}: leaves no document of {cfg.data} to train on; ask for fewer"
+        expect(any(text not in val_set for text in train), left)
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
     tokenizer = load_tokenizer(name, (text for text in train if text not in val_set))
     val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len)
