@@ -1,11 +1,14 @@
 """What a reader may skip: command line, streams, checkpoints, logging, files. Nothing here knows a model."""
 
 import argparse
+import csv
 import ctypes
 import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
+import math
 import os
 import platform
 import queue
@@ -15,11 +18,17 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tarfile
 import threading
 import time
+import zlib
+from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property, partial
 from glob import glob
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 STARTED = time.perf_counter()
@@ -40,10 +49,15 @@ if Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in ("gpt_
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
 import datasets  # noqa: E402
+import fsspec  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
+import pyarrow as pa  # noqa: E402
 import tyro  # noqa: E402
+from datasets.distributed import split_dataset_by_node  # noqa: E402
+from datasets.exceptions import DatasetsError  # noqa: E402
+from datasets.utils.file_utils import xopen  # noqa: E402
 from huggingface_hub import snapshot_download  # noqa: E402
 from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
@@ -86,6 +100,13 @@ def cli(Config, presets, main, doc):
     Defaults come from Config and then from --preset, or with --resume from the run.json of that run.
     """
     script = Path(sys.argv[0]).stem
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say comes as an exception
+    # our streams are opened again with growing pauses; theirs would read 20 times at a fixed one
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = (
+        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL
+    ) = 0
+    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--out-dir", "--out_dir")
@@ -122,6 +143,7 @@ def cli(Config, presets, main, doc):
 
 def check(cfg, *at_least_one):
     """What every script asks of its flags; a batch must divide over microbatches and devices."""
+    expect(cfg.retries >= 0, f"--retries {cfg.retries}: must not be negative")
     for name in ("batch_size", "accum", "log_every", "eval_every", "ckpt_every", "keep", *at_least_one):
         expect(getattr(cfg, name) > 0, f"{flag(name)} {getattr(cfg, name)}: must be at least 1")
     expect(cfg.steps >= 0, f"--steps {cfg.steps}: must not be negative")
@@ -134,93 +156,342 @@ def check(cfg, *at_least_one):
 
 # ---- sources ----
 
-READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
-READERS |= {".txt": "text", ".md": "text", ".py": "text"}
-COMPRESSED = (".gz", ".bz2", ".xz")
+TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+TABLES |= {".csv": "csv", ".tsv": "csv", ".tar": "webdataset", ".zip": "imagefolder"}
+READERS = TABLES | dict.fromkeys((".txt", ".md", ".py"), "text")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SPLITS = dict(train="train", training="train", test="test", testing="test", validation="validation")
+SPLITS |= dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
 @dataclasses.dataclass
 class Source:
-    """One split of an open streaming data set, and the column of it that is wanted."""
+    """One split of a streaming data set. Its records have the roles asked for: text, label, image.
+
+    A record that cannot be used (no text, an image that does not decode, a label out of range) is skipped,
+    logged and counted; StreamError once more than 100 of the last 10,000 are.
+    """
 
     dataset: datasets.IterableDataset
-    column: str
+    columns: dict  # {role: name of its column}
     fingerprint: dict  # what a resume must find unchanged
-    bad: set = dataclasses.field(default_factory=set)  # (epoch, index) of every record skipped so far
+    classes: list | None = None  # names of the labels, where they have names
+    parse: Callable | None = None  # makes a row of what the reader gives, where that is not one yet
+    retries: int = 8
+    rank: int = 0  # this process streams its own share of the shards,
+    world: int = 1  # one of this many
+    epoch: int | None = None  # under way; None in a pass in the order of the files
+    seen: int = 0
+    skipped: int = 0
+    recent: deque = dataclasses.field(default_factory=lambda: deque(maxlen=101))  # the last bad ones
+    logged: set = dataclasses.field(default_factory=set)  # the first, in all passes together
+
+    def skip(self, record, why):
+        """Count and log the bad record number `record` of the epoch under way."""
+        self.skipped += 1
+        if any((self.epoch, record) == bad for bad, _ in self.recent):
+            return  # the source was opened again
+        self.recent.append(((self.epoch, record), self.seen))
+        where = f"record {record:,}" + ("" if self.epoch is None else f" of epoch {self.epoch}")
+        if len(self.logged) < 100 and (self.epoch, record) not in self.logged:
+            self.logged.add((self.epoch, record))
+            more = "; any more are only counted" if len(self.logged) == 100 else ""
+            tqdm.write(f"data: skipped {where}: {why}{more}", file=sys.stderr)
+        if len(self.recent) == 101 and self.seen - self.recent[0][1] < 10_000:
+            limit = "more than 1 % of the last 10,000 records of the data are bad"
+            raise StreamError(f"{limit}; the last one is {where}: {why}")
+
+    def problem(self, role, value):
+        """Why `value` cannot be used, or None."""
+        if value is None or value == "":
+            return f"{role} is {'empty' if value == '' else 'missing'}"
+        expected = {"text": str, "label": int, "image": bytes | dict}[role]
+        if not isinstance(value, expected):
+            return f"{role} is of type {type(value).__name__}"
+        if role == "label" and not 0 <= value < (len(self.classes) if self.classes else math.inf):
+            known = f" to {len(self.classes) - 1}" if self.classes else ""
+            return f"label is {value}, expected a class from 0{known}"
+
+    def check_records(self, rows, index):
+        """The good ones of raw rows {column: list}, as {role: list, "record": list}."""
+        good, start = {name: [] for name in (*self.columns, "record")}, self.seen
+        for n, (i, *values) in enumerate(zip(index, *rows.values())):
+            self.seen, row = start + n, dict(zip(rows, values))
+            row = self.parse(row) if self.parse else row
+            if row is None:
+                self.skip(i, "not a JSON object")
+                continue
+            record = {role: row.get(column) for role, column in self.columns.items()}
+            label = record.get("label")
+            if isinstance(label, float) and label.is_integer():  # pandas, of a column with a gap
+                record["label"] = int(label)
+            problems = (self.problem(role, value) for role, value in record.items())
+            if problem := next(filter(None, problems), None):
+                self.skip(i, problem)
+                continue
+            for name, value in (record | {"record": i}).items():
+                good[name].append(value)
+        return good
+
+    @property
+    def inputs(self):
+        return ["text"] if self.parse else sorted(set(self.columns.values()))
 
     def __iter__(self):
-        """The documents in the order of the files."""
-        for row in self.dataset.select_columns([self.column]):
-            if row[self.column]:
-                yield row[self.column]
+        """One pass over the good records in the order of the files, as dicts of the roles and "record"."""
+        once = dataclasses.replace(self, epoch=None, seen=0, skipped=0, recent=deque(maxlen=101))
+        how = dict(batched=True, batch_size=16, with_indices=True, remove_columns=self.inputs)
+        open_epoch = lambda _: self.dataset.select_columns(self.inputs).map(once.check_records, **how)
+        yield from Rows(open_epoch, retries=self.retries, once=True)
 
-    def map(self, function, epoch, *, window, seed):
-        """One epoch, its shards in that epoch's order, with `function(batch, indices)` over every window."""
-        ds = self.dataset.reshard().select_columns([self.column])
-        how = dict(batched=True, batch_size=window, with_indices=True, remove_columns=[self.column])
-        ds = ds.map(function, **how)
+    @cached_property
+    def shards(self):
+        """The raw rows in as many shards as there can be (row groups of parquet); this process's share."""
+        ds = self.dataset.reshard().select_columns(self.inputs)
+        if self.world == 1:
+            return ds
+        return split_dataset_by_node(ds, self.rank, self.world, strategy="shards")
+
+    def map(self, epoch, seed, *stages):
+        """The rows of one epoch, its shards in that epoch's order, after every stage (function, size).
+
+        A function makes rows {column: array or list} of `size` good records {role: list, "record": list};
+        that of a second stage, of what the first returned.
+        """
+        ds, waiting = self.shards, [0] * len(stages)
+        seen = [0] * len(stages)
+
+        def run(stage, function, batch, index=None):
+            self.epoch, self.seen, before = epoch, seen[stage], self.skipped
+            if stage == 0:
+                batch, seen[stage] = self.check_records(batch, index), seen[stage] + len(index)
+            else:
+                waiting[stage] += sum(batch.pop("skipped"))
+                seen[stage] += len(batch["record"])
+            rows = function(batch) if batch["record"] else {}
+            waiting[stage] += self.skipped - before
+            skipped = [0] * len(next(iter(rows.values()), ()))
+            if skipped:  # the count travels on a row: that of the rows trained on is saved with them
+                skipped[0], waiting[stage] = waiting[stage], 0
+            return rows | {"skipped": skipped}
+
+        for i, (function, size) in enumerate(stages):
+            inputs = [*self.columns, "record", "skipped"] if i else self.inputs
+            how = dict(batched=True, batch_size=size, with_indices=i == 0, remove_columns=inputs)
+            ds = ds.map(partial(run, i, function), **how)
         ds.set_epoch(1 + 1000 * seed + epoch)  # 0 would keep the order of the files
         return ds
 
 
-def open_text(data, name=None, column=None, option="--data"):
-    """{"train": Source, maybe "validation": Source} of "stdlib", a hub id, a file, a glob or a folder.
+def open_data(cfg, columns, data=None, option="--data"):
+    """[{split: Source}, ...], one for each --data, or for each of `data`, which `option` named.
 
-    Always streaming. Raises UsageError where nothing can be read or the text column is not to be found.
+    `columns`: {role: name of the column, or None to find it}. Splits are called train, and where there are
+    such validation and test. Always streaming. UsageError for what cannot be read, with what was expected.
     """
-    try:
-        builder = open_builder(data, name, option)
-        splits = builder.as_streaming_dataset()
-        rows = {split: next(iter(ds), None) for split, ds in splits.items()}
-    except UsageError:
-        raise
-    except StopIteration:  # what the json reader says of an empty file
-        splits, rows = {"train": None}, {"train": None}
-    except Exception as error:  # datasets and the hub raise some twenty kinds
-        offline = "" if is_local(data) else "; without a network, --data stdlib works"
-        raise UsageError(f"{option} {data}: {first_line(error)}{offline}") from error
-    sources = {}
+    names = cfg.data_name if data is None else ()
+    data = cfg.data if data is None else data
+    data = (data,) if isinstance(data, str) else data
+    expect(data, f"{option}: names no data")
+    expect(len(names) in (0, len(data)), f"--data-name {' '.join(names)}: one for each --data, - for none")
+    weights = f"--data-weights {' '.join(map(str, cfg.data_weights))}"
+    expect(len(cfg.data_weights) in (0, len(cfg.data)), f"{weights}: one for each --data")
+    expect(all(w > 0 for w in cfg.data_weights), f"{weights}: must be above 0")
+    return [
+        open_source(d, n, columns, option, cfg.retries) for d, n in zip(data, names or [None] * len(data))
+    ]
+
+
+def mix(sources, weights=()):
+    """The records of all sources in proportion to `weights`, each in its own order, until all have ended."""
+    rows, weights = [iter(source) for source in sources], weights or [1] * len(sources)
+    given = [0] * len(rows)
+    while any(rows):
+        i = min((i for i, left in enumerate(rows) if left), key=lambda i: (given[i] + 1) / weights[i])
+        record, given[i] = next(rows[i], None), given[i] + 1
+        if record is None:
+            rows[i] = None
+        else:
+            yield record
+
+
+def fingerprint(sources):
+    """What of all the sources a resume must find unchanged."""
+    found = {name: [source.fingerprint[name] for source in sources] for name in sources[0].fingerprint}
+    return found | {"processes": sources[0].world}
+
+
+def open_source(data, name, columns, option, retries):
+    for attempt in range(1, retries + 2):
+        try:
+            splits, parse, digest = open_splits(data, None if name == "-" else name, option, columns)
+            train = splits["train"] if "train" in splits else next(iter(splits.values()))
+            head = list(islice(train, 10))
+            break
+        except UsageError:
+            raise
+        except StopIteration:  # what the json reader says of an empty file
+            splits, head = {"train": None}, []
+            break
+        except Exception as error:  # datasets and the hub raise some twenty kinds
+            if attempt <= retries and is_busy(error):
+                wait(first_line(error), attempt, retries)
+                continue
+            offline = "" if is_local(data) else "; without a network, try the default --data"
+            raise UsageError(f"{option} {data}: {first_line(error)}{offline}") from error
+    what = "images" if "image" in columns else "documents"
+    expect(head, f"{option} {data}: no {what} in it")
+    if parse:
+        head = [row for row in map(parse, head) if row]
+        expect(head, f"{option} {data}: no JSON object in its first ten lines")
+    features = {} if parse else train.features or {}
+    find = partial(find_column, data, head, features, option)
+    found = {role: find(role, wanted) for role, wanted in columns.items()}
+    names = getattr(features.get(found.get("label")), "names", None)
+    world, sources = jax.process_count(), {}
     for split, ds in splits.items():
-        row = rows[split]
-        expect(row, f"{option} {data}: no documents in it (split {split})")
-        texts = [c for c, value in row.items() if isinstance(value, str)]
-        found = column or ("text" if "text" in row else texts[0] if len(texts) == 1 else None)
-        missing = " ".join(filter(None, ("no text column", found, "among", ", ".join(row))))
-        expect(found in row, f"{option} {data}: {missing}; name one with --text-column")
-        fingerprint = dict(data=data, data_name=name, column=found, files=digest_files(builder, split))
-        sources["train" if len(splits) == 1 else split] = Source(ds, found, fingerprint)
+        unchanged = dict(data=data, data_name=name, columns=found, files=digest(split))
+        split = "train" if len(splits) == 1 else SPLITS.get(split, split)
+        how = dict(parse=parse, classes=names, retries=retries, rank=jax.process_index(), world=world)
+        sources[split] = Source(ds, found, unchanged, **how)
     expect("train" in sources, f"{option} {data}: no train split among {', '.join(sources)}")
+    n = sources["train"].dataset.reshard().num_shards if world > 1 else 1
+    expect(
+        world == 1 or n >= world, f"{option} {data}: {n} shards (files or row groups) for {world} processes"
+    )
     return sources
 
 
+def find_column(data, head, features, option, role, wanted):
+    """The name of the column that holds the role."""
+    names = [name for name in dict.fromkeys(n for row in head for n in row) if not name.startswith("__")]
+    values = {name: [v for row in head if (v := row.get(name)) is not None] for name in names}
+    feature = {"image": datasets.Image, "label": datasets.ClassLabel}.get(role, ())
+    typed = [name for name in names if isinstance(features.get(name), feature)]
+    kind = {"text": str, "label": int, "image": ()}[role]
+    fitting = [name for name in names if values[name] and all(isinstance(v, kind) for v in values[name])]
+    called = [name for name in (role, "label", "labels", "cls", "class") if name in names and role != "image"]
+    if role == "text":
+        called = called[:1] if called[:1] == ["text"] else []
+    candidates = typed if len(typed) == 1 else called[:1] or (typed if typed else fitting)
+    found = wanted or (candidates[0] if len(candidates) == 1 else None)
+    missing = " ".join(filter(None, (f"no {role} column", found, "among", ", ".join(names))))
+    expect(found in names, f"{option} {data}: {missing}; name one with --{role}-column")
+    odd = next((v for v in values[found] if isinstance(v, str)), None) if role == "label" else None
+    wrong = f"labels in {found} are strings ({odd!r}), expected whole numbers from 0"
+    expect(odd is None, f"{option} {data}: {wrong}")
+    return found
+
+
 def is_local(data):
-    """Whether `data` names files here, existing or not, rather than a data set on the hub."""
+    """Whether `data` names files here, existing or not, rather than a data set on the hub or a URL."""
     looks_like_a_path = reader_of(data) or re.search(r"[*?\[\\]|^[./~]|/.*/", data)
-    return data == "stdlib" or Path(data).expanduser().exists() or looks_like_a_path
+    return not is_url(data) and (data == "stdlib" or Path(data).expanduser().exists() or looks_like_a_path)
 
 
-def open_builder(data, name, option):
-    """The builder of the datasets library that reads `data`."""
-    path, whole = Path(data).expanduser(), dict(sample_by="document", encoding_errors="replace")
-    if not is_local(data):
+def is_url(data):
+    return re.match(r"\w+://", data)
+
+
+def reader_of(path):
+    suffixes = [s.lower() for s in Path(path).suffixes if s.lower() not in COMPRESSED]
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def open_splits(data, name, option, columns):
+    """({split: IterableDataset}, what parses its rows or None, split -> digest of the files)."""
+    if not is_local(data) and not is_url(data):
         # small blocks: a resume fetches what it needs, not all that lies before it in the file
-        return datasets.load_dataset_builder(data, name, storage_options={"hf": {"block_size": 1 << 16}})
+        builder = datasets.load_dataset_builder(data, name, storage_options={"hf": {"block_size": 1 << 16}})
+        return stream_splits(builder), None, partial(digest_files, builder)
+    path, files = Path(data).expanduser(), [data]
     if path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if reader_of(p))
-    else:
+        if "image" in columns and not any(reader_of(p) in TABLES.values() for p in files):
+            return open_image_folder(path, f"{option} {data}")
+    elif not is_url(data) and not path.is_file():
         pattern = sysconfig.get_path("stdlib") + "/*.py" if data == "stdlib" else str(path)
-        files = [pattern] if path.is_file() else sorted(glob(pattern, recursive=True))
+        files = sorted(glob(pattern, recursive=True))
     expect(files, f"{option} {data}: no such file")
     reader = reader_of(files[0])
     formats = f"{' '.join(READERS)}, also with {' '.join(COMPRESSED)}"
     expect(reader, f"{option} {data}: cannot tell what it is from its name; expected {formats}")
-    options = whole if reader == "text" else {"sep": "\t"} if ".tsv" in files[0] else {}
-    return datasets.load_dataset_builder(reader, data_files=files, **options)
+    splits = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", Path(file).stem.lower()) if len(files) > 1 and reader != "text" else []
+        splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(file)
+    how = dict(sample_by="document", encoding_errors="replace") if reader == "text" else {}
+    if reader == "jsonl":  # by the line, so that a corrupt one is but one bad record
+        reader, how = "text", dict(encoding_errors="replace")
+    if reader == "csv":
+        how = dict(sep="\t" if ".tsv" in Path(files[0]).suffixes else ",")
+        how |= {} if has_header(files[0], how["sep"]) else {"header": None}
+    if is_url(data):
+        import aiohttp  # slow to import
+
+        stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
+        how |= dict(storage_options={"http": stalled, "https": stalled})
+    builder = datasets.load_dataset_builder(reader, data_files=splits, **how)
+    parse = parse_line if reader_of(files[0]) == "jsonl" else None
+    return stream_splits(builder), parse, partial(digest_files, builder)
 
 
-def reader_of(path):
-    suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
-    return READERS.get(suffixes[-1]) if suffixes else None
+def stream_splits(builder):
+    splits = builder.as_streaming_dataset()
+    image = lambda ds: any(isinstance(f, datasets.Image) for f in (ds.features or {}).values())
+    return {split: ds.decode(False) if image(ds) else ds for split, ds in splits.items()}
+
+
+def open_image_folder(root, where):
+    """Every image its own shard, so that an epoch is a whole permutation; its class is its folder's name."""
+    splits = {}
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGES):
+        first, *rest = path.relative_to(root).parts
+        split = SPLITS.get(first.lower(), "train") if len(rest) > 1 else "train"
+        expect(rest, f"{where}: {first} is in no class folder; expected CLASS/{first} or train/CLASS/{first}")
+        splits.setdefault(split, []).append(str(path))
+    expect(splits, f"{where}: no images in it ({' '.join(IMAGES)}), nor data files")
+    names = sorted({Path(file).parent.name for files in splits.values() for file in files})
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
+
+    def read(files):
+        for file in files:
+            yield {"image": {"path": file, "bytes": None}, "label": names.index(Path(file).parent.name)}
+
+    def digest(split):
+        sizes = [(str(Path(f).relative_to(root)), os.path.getsize(f)) for f in splits[split]]
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+    stream = datasets.IterableDataset.from_generator
+    how = dict(features=features)
+    return {split: stream(read, gen_kwargs={"files": f}, **how) for split, f in splits.items()}, None, digest
+
+
+def image_bytes(value):
+    """The file's content of an image record: bytes, or {"bytes", "path"} as `datasets` has it."""
+    if isinstance(value, dict) and value["bytes"] is None:
+        with xopen(value["path"], "rb") as file:
+            return file.read()
+    return value if isinstance(value, bytes) else value["bytes"]
+
+
+def parse_line(row):
+    """A line of jsonl as a row; None where it is none."""
+    try:
+        found = json.loads(row["text"])
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def has_header(file, sep):
+    """Whether the first line of a table names its columns: a number is no name."""
+    with fsspec.open(
+        file, "rt", compression="infer", encoding="utf-8", errors="replace", newline=""
+    ) as lines:
+        first = next(csv.reader(lines, delimiter=sep), [])
+    return not any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", field) for field in first)
 
 
 def digest_files(builder, split):
@@ -232,38 +503,91 @@ def digest_files(builder, split):
 
 # ---- streams ----
 
-TRANSIENT = (OSError, *HfHubHTTPError.__bases__)  # its base is the root of the http library that the hub uses
+# a truncated body may look like a broken file: those are tried again, but not for long
+BROKEN = (pa.ArrowException, EOFError, UnicodeError, zlib.error, tarfile.TarError, DatasetsError)
 
 
-def batches(open_epoch, batch_size, position=None, retries=8):
+def is_transient(error):
+    """Whether a fault of the network or the disk, as the libraries beneath raise it, that may pass."""
+    http = HfHubHTTPError.__bases__  # the root of the http library that the hub uses
+    return isinstance(error, (OSError, *http)) or type(error).__module__.startswith("aiohttp")
+
+
+def is_busy(error):
+    """Whether a server said in whatever wrapping: not now."""
+    while error:
+        status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+        if isinstance(status, int) and (status in (408, 429) or status >= 500):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def wait(what, failures, retries):
+    pause = min(2 ** (failures - 1), 60)
+    tqdm.write(f"data: {what}; try {failures} of {retries} in {pause} s", file=sys.stderr)
+    time.sleep(pause)
+
+
+class Rows:
+    """The rows of one source for ever, epoch after epoch; one that fails is opened again where it was.
+
+    `open_epoch(epoch)` is an IterableDataset. StreamError after `retries` failures in a row.
+    """
+
+    def __init__(self, open_epoch, epoch=0, state=None, retries=8, once=False):
+        self.open_epoch, self.epoch, self.state = open_epoch, epoch, state
+        self.retries, self.once, self.ahead = retries, once, 0  # rows given since the state was taken
+
+    def position(self):
+        """Where to go on after the row last given."""
+        if self.ahead:
+            self.state, self.ahead = self.dataset.state_dict(), 0
+        return {"epoch": self.epoch, "state": self.state}
+
+    def __iter__(self):
+        failures = 0
+        while True:
+            try:
+                self.dataset = self.open_epoch(self.epoch)
+                self.dataset.load_state_dict(self.state)
+                for row in islice(self.dataset, self.ahead, None):
+                    failures, self.ahead = 0, self.ahead + 1
+                    yield row
+                if self.once:
+                    return
+                if not self.ahead and self.state is None:
+                    raise StreamError("all of the data together is too short for one row")
+                self.epoch, self.state, self.ahead = self.epoch + 1, None, 0
+            except Exception as error:
+                if isinstance(error, BROKEN):
+                    retries = min(self.retries, 2)
+                elif is_transient(error):
+                    retries = self.retries
+                else:
+                    raise
+                failures, what = failures + 1, first_line(error.__cause__ or error)
+                if failures > retries:
+                    raise StreamError(f"the data failed {failures} times in a row: {what}") from error
+                wait(what, failures, retries)
+
+
+def batches(open_epochs, batch_size, *, seed=0, weights=(), position=None, retries=8):
     """Yield ({column: array (batch_size, ...)}, position) for ever; a call with a position goes on after it.
 
-    `open_epoch(epoch)` is an IterableDataset of rows. A batch may hold rows of two epochs: none is dropped.
-    A source that fails is opened again where the last batch ended; StreamError after `retries` in a row.
+    Each of `open_epochs` opens an epoch of one source, as in Rows; every row comes from one of the sources,
+    drawn with `weights`. A batch may hold rows of two epochs: none is dropped. `position` is JSON.
     """
-    position, failures = position or {"epoch": 0, "state": None}, 0
+    position = position or {"batch": 0, "bad": 0, "sources": [{} for _ in open_epochs]}
+    sources = [Rows(f, **p, retries=retries) for f, p in zip(open_epochs, position["sources"])]
+    rows, n, bad = [iter(source) for source in sources], position["batch"], position["bad"]
+    shares = np.array(weights or [1] * len(sources)) / sum(weights or [1] * len(sources))
     while True:
-        epoch, state, rows = position["epoch"], position["state"], []
-        try:
-            while True:
-                ds, before = open_epoch(epoch), len(rows)
-                ds.load_state_dict(state)
-                for row in ds:
-                    rows.append(row)
-                    if len(rows) == batch_size:
-                        position, failures = {"epoch": epoch, "state": ds.state_dict()}, 0
-                        yield {name: np.stack([r[name] for r in rows]) for name in row}, position
-                        rows, before = [], None
-                if len(rows) == before and state is None:
-                    raise StreamError("all of the data together is shorter than one row of --seq-len")
-                epoch, state = epoch + 1, None
-        except TRANSIENT as error:
-            failures, what = failures + 1, first_line(error)
-            if failures > retries:
-                raise StreamError(f"the data failed {failures} times in a row: {what}") from error
-            pause = min(2 ** (failures - 1), 60)
-            tqdm.write(f"data: {what}; try {failures} of {retries} in {pause} s", file=sys.stderr)
-            time.sleep(pause)
+        drawn = np.random.default_rng([seed, n]).choice(len(sources), batch_size, p=shares)
+        batch = [next(rows[i]) for i in drawn]
+        n, bad = n + 1, bad + sum(row.get("skipped", 0) for row in batch)
+        columns = {name: np.stack([row[name] for row in batch]) for name in batch[0] if name != "skipped"}
+        yield columns, {"batch": n, "bad": bad, "sources": [source.position() for source in sources]}
 
 
 class Prefetch:
@@ -314,7 +638,7 @@ class Prefetch:
 
     def close(self):
         self.closed.set()
-        self.thread.join(timeout=5)
+        self.thread.join(timeout=1)
 
 
 # ---- devices ----
@@ -390,7 +714,7 @@ def read_weights(folder, path):
 
 # flags that may change when a run goes on; every other one is part of what its checkpoints mean
 FREE = "steps accum lr min_lr warmup_steps weight_decay grad_clip dropout remat fsdp out_dir resume overwrite"
-FREE += " keep log_every eval_every eval_batches sample_every ckpt_every wandb"
+FREE += " retries keep log_every eval_every eval_batches sample_every ckpt_every wandb"
 FREE += " prompt max_new_tokens temperature top_k top_p"
 
 
@@ -430,7 +754,7 @@ class Run:
             expect(importlib.util.find_spec("wandb"), f"--wandb {cfg.wandb}: needs `pip install wandb`")
         self.cfg, self.stop, self.handlers = cfg, None, {}
         self.dir = self.claim(kind)
-        info = dict(config=dataclasses.asdict(cfg), data=data)
+        info = json.loads(json.dumps(dict(config=dataclasses.asdict(cfg), data=data)))  # tuples as lists
         if cfg.resume:
             self.check_unchanged(read_run(self.dir), info)
         else:
@@ -515,13 +839,12 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     @contextmanager
-    def training(self, step, unit, per_step, flops, stream, bad):
+    def training(self, step, unit, per_step, flops, stream):
         """Around the loop: keeps the clock, and saves at a signal and when the stream gives up.
 
-        `per_step`: `unit`s (tokens, images) in a step; `flops`: to train on one; `stream`: a Prefetch;
-        `bad`: the skipped records of the Source.
+        `per_step`: `unit`s (tokens, images) in a step; `flops`: to train on one; `stream`: a Prefetch.
         """
-        self.unit, self.per_step, self.stream, self.bad = unit, per_step, stream, bad
+        self.unit, self.per_step, self.stream = unit, per_step, stream
         self.flops, self.peak = flops, peak_flops()
         self.pending, self.due, self.first, self.latest = [], None, step + 1, None
         self.mark = np.array([step, time.perf_counter(), 0])  # step, time and seconds waited at the last line
@@ -580,7 +903,7 @@ class Run:
             jax.block_until_ready(metrics)
             self.say(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
         if step % self.cfg.log_every == 0 or step % self.cfg.eval_every == 0 or step == self.cfg.steps:
-            self.due = step
+            self.due, self.bad = step, position["bad"]
 
     def flush(self, **extra):
         """Fetch the pending metrics, stop at one that is not finite, and write the line that is due."""
@@ -602,7 +925,7 @@ class Run:
         line = {"step": self.due} | {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
         line |= {self.unit: self.due * self.per_step, f"{self.unit}_per_s": rate}
         line |= {"mfu": rate * self.flops / self.peak if self.peak else None, "data_wait": waited / seconds}
-        line |= {"bad_records": len(self.bad)}
+        line |= {"bad_records": self.bad}
         self.last, self.due = line | extra, None
         with open(self.dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.last) + "\n")

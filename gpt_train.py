@@ -41,14 +41,18 @@ END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we 
 class Config:
     preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "stdlib"  # other defaults
     # data
-    data: str = "stdlib"  # stdlib (Python's own source, offline), a hub id, a file, a glob or a folder
-    data_name: str | None = None  # configuration of the hub data set, as in sample-10BT
+    data: tuple[str, ...] = (
+        "stdlib",
+    )  # stdlib (Python's own source, offline), hub ids, files, URLs, folders
+    data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
+    data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
-    val_data: str | None = None  # validation source; else the validation split, or data's first documents
+    val_data: tuple[str, ...] = ()  # validation source; else the validation split, or data's first documents
     val_docs: int = 10  # documents to validate on, never trained on
     tokenizer: str | None = None  # hub id, folder, byte or bpe:N (trained); else init_from's, or bpe:4096
     seq_len: int = 128  # tokens in a row, T
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
+    retries: int = 8  # times in a row that a source that fails is opened again
     # model
     n_layer: int = 4  # blocks, L
     n_head: int = 2  # attention heads, H
@@ -89,8 +93,10 @@ class Config:
 
 
 # GPT-3's learning rates for these sizes (Brown et al. 2020, table 2.1); 19,073 steps are 10 B tokens
-HUB = dict(data="HuggingFaceFW/fineweb-edu", data_name="sample-10BT", tokenizer="gpt2", shuffle_buffer=10_000)
-HUB |= dict(seq_len=1_024, batch_size=512, steps=19_073, warmup_steps=700, optimizer="adamw")
+HUB = dict(data=("HuggingFaceFW/fineweb-edu",), data_name=("sample-10BT",), tokenizer="gpt2")
+HUB |= dict(
+    shuffle_buffer=10_000, seq_len=1_024, batch_size=512, steps=19_073, warmup_steps=700, optimizer="adamw"
+)
 HUB |= dict(dtype="bfloat16", val_docs=1_000, max_new_tokens=200)
 LARGE = HUB | dict(remat=True)
 PRESETS = {
@@ -151,15 +157,12 @@ def pack(tokens, length, rng):
 def training_rows(source, tokenizer, cfg, held_out, epoch):
     """One epoch of `source`, but for the texts in `held_out`, as rows {"ids": (T + 1,) int}."""
 
-    def pack_window(batch, index):
-        texts = batch[source.column]
-        good = [isinstance(text, str) and text != "" for text in texts]
-        source.bad.update((epoch, i) for i, ok in zip(index, good) if not ok)
-        texts = [text for text, ok in zip(texts, good) if ok and text not in held_out]
-        rng = np.random.default_rng([cfg.seed, epoch, jax.process_index(), index[0]])
+    def pack_window(batch):
+        texts = [text for text in batch["text"] if text not in held_out]
+        rng = np.random.default_rng([cfg.seed, epoch, source.rank, batch["record"][0]])
         return {"ids": pack(encode(tokenizer, texts), cfg.seq_len + 1, rng)}
 
-    return source.map(pack_window, epoch, window=cfg.shuffle_buffer, seed=cfg.seed)
+    return source.map(epoch, cfg.seed, (pack_window, cfg.shuffle_buffer))
 
 
 def validation_rows(tokenizer, texts, length):
@@ -518,19 +521,21 @@ def main(cfg):
         return {}
 
     # the documents to validate on, then the tokenizer
-    sources = common.open_text(cfg.data, cfg.data_name, cfg.text_column)
-    train, held_out, val_name = sources["train"], sources.get("validation", sources["train"]), cfg.data
+    sources = common.open_data(cfg, {"text": cfg.text_column})
+    train, data = [splits["train"] for splits in sources], " ".join((*cfg.data, *cfg.data_name))
+    held_out, val_name = [splits.get("validation", splits["train"]) for splits in sources], data
     if cfg.val_data:
-        held_out = common.open_text(cfg.val_data, None, cfg.text_column, "--val-data")["train"]
-        val_name = cfg.val_data
-    val_texts = list(islice(held_out, cfg.val_docs))
+        found = common.open_data(cfg, {"text": cfg.text_column}, cfg.val_data, "--val-data")
+        held_out, val_name = [splits["train"] for splits in found], " ".join(cfg.val_data)
+    documents = lambda sources: (r["text"] for r in common.mix(sources, cfg.data_weights))
+    val_texts = list(islice(documents(held_out), cfg.val_docs))
     n, val_set = len(val_texts), set(val_texts)
     expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer")
     if cfg.steps:
-        left = f"--val-docs {n}: leaves no document of {cfg.data} to train on; ask for fewer"
-        expect(any(text not in val_set for text in train), left)
+        left = f"--val-docs {n}: leaves no document of {data} to train on; ask for fewer"
+        expect(any(text not in val_set for text in documents(train)), left)
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
-    tokenizer = load_tokenizer(name, (text for text in train if text not in val_set))
+    tokenizer = load_tokenizer(name, (text for text in documents(train) if text not in val_set))
     val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len)
     tokens_per_byte = np.sum(val_rows[1] >= 0) / sum(len(text.encode()) for text in val_texts)
     inputs, targets = (rows[: cfg.eval_batches * cfg.batch_size or None] for rows in val_rows)
@@ -560,24 +565,24 @@ def main(cfg):
         model.config.save_pretrained(folder)
 
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    run = common.Run("gpt", cfg, train.fingerprint | {"tokenizer": digest}, prepare)
+    run = common.Run("gpt", cfg, common.fingerprint(train) | {"tokenizer": digest}, prepare)
     step, state, position = run.restore(state)
-    open_epoch = partial(training_rows, train, tokenizer, cfg, val_set)
-    stream = common.batches(open_epoch, cfg.batch_size, position)
+    epochs = [partial(training_rows, source, tokenizer, cfg, val_set) for source in train]
+    how = dict(seed=cfg.seed, weights=cfg.data_weights, position=position, retries=cfg.retries)
+    stream = common.batches(epochs, cfg.batch_size, **how)
     stream = common.Prefetch(stream, depth=128, stop=lambda: run.stop)
 
     N, T = sum(p.size for p in jax.tree.leaves(nnx.state(model))), cfg.seq_len
     # FLOPs to train on a token: 6 a parameter but for wpe's, 12 L C T for attention (arXiv 2204.02311, B)
     flops = 6 * (N - model.wpe.embedding.size) + 12 * model.config.n_layer * model.config.n_embd * T
-    source = " ".join(filter(None, (cfg.data, cfg.data_name)))
     print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}")
     print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"data       {source}, validation on {n} documents of {val_name}")
+    print(f"data       {data}, validation on {n} documents of {val_name}")
     print(f"tokenizer  {name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
     print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
 
-    with run.training(step, "tokens", cfg.batch_size * T, flops, stream, train.bad):
+    with run.training(step, "tokens", cfg.batch_size * T, flops, stream):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
             state, metrics = train_step(state, put(batch["ids"]), jax.random.fold_in(key, step))
             step += 1

@@ -36,7 +36,7 @@ from transformers import GPT2Config
 
 HERE = Path(__file__).parent
 JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
-TINY = dict(data=JSON, val_docs=1, tokenizer="byte", seq_len=32, n_layer=2, n_head=2, n_embd=32, steps=12)
+TINY = dict(data=(JSON,), val_docs=1, tokenizer="byte", seq_len=32, n_layer=2, n_head=2, n_embd=32, steps=12)
 TINY |= dict(batch_size=256, eval_every=6, log_every=1, sample_every=0, ckpt_every=3)  # four steps an epoch
 
 
@@ -53,7 +53,11 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def flags(**changes):
     """A Config's fields as they are typed on the command line."""
-    return [f"{common.flag(k)}={v}" if v is not True else common.flag(k) for k, v in changes.items()]
+    typed = []
+    for name, value in changes.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        typed += [common.flag(name), *map(str, values)]
+    return typed
 
 
 def launch(script, *args, **env):
@@ -88,6 +92,16 @@ def wait_for_step(process, out_dir, step):
         time.sleep(0.01)
 
 
+def documents(*data):
+    """The texts of the data, in the order of the files."""
+    return [r["text"] for r in common.mix(open_train(*data))]
+
+
+def open_train(*data, script=gpt_train, columns=("text",), **changes):
+    cfg = script.Config(data=data, **changes)
+    return [splits["train"] for splits in common.open_data(cfg, dict.fromkeys(columns))]
+
+
 # ---- common.py: streams ----
 
 
@@ -120,28 +134,28 @@ def take(stream, n):
 
 
 def test_stream_loses_and_repeats_no_row_over_epochs():
-    rows = [x for ids in take(common.batches(open_numbers, 7), 40) for x in ids]
+    rows = [x for ids in take(common.batches([open_numbers], 7), 40) for x in ids]
     for epoch in range(7):
         assert sorted(rows[40 * epoch : 40 * (epoch + 1)]) == list(range(40))
     assert rows[:40] != rows[40:80], "every epoch has an order of its own"
 
 
 def test_stream_resumes_from_every_position():
-    whole = take(common.batches(open_numbers, 7), 14)  # over two ends of an epoch
-    for i, (_, position) in enumerate(islice(common.batches(open_numbers, 7), 13)):
+    whole = take(common.batches([open_numbers], 7), 14)  # over two ends of an epoch
+    for i, (_, position) in enumerate(islice(common.batches([open_numbers], 7), 13)):
         saved = json.dumps(position)
         assert len(saved) < 4000
-        assert take(common.batches(open_numbers, 7, json.loads(saved)), 13 - i) == whole[i + 1 :]
+        assert take(common.batches([open_numbers], 7, position=json.loads(saved)), 13 - i) == whole[i + 1 :]
 
 
 def test_stream_survives_a_broken_source_with_the_same_batches(monkeypatch, capfd):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    whole, opened = take(common.batches(open_numbers, 7), 14), iter([3, 17, 30, 38, None, 5])
-    flaky = common.batches(lambda epoch: open_numbers(epoch, next(opened, None)), 7)
+    whole, opened = take(common.batches([open_numbers], 7), 14), iter([3, 17, 30, 38, None, 5])
+    flaky = common.batches([lambda epoch: open_numbers(epoch, next(opened, None))], 7)
     assert take(flaky, 14) == whole
     assert capfd.readouterr().err.count("connection reset") == 5
     with pytest.raises(common.StreamError, match="4 times in a row: connection reset"):
-        next(common.batches(lambda epoch: open_numbers(epoch, 0), 7, retries=3))
+        next(common.batches([lambda epoch: open_numbers(epoch, 0)], 7, retries=3))
 
 
 def test_prefetch_raises_the_streams_own_exception_where_it_is_read():
@@ -185,7 +199,7 @@ def test_every_format_gives_the_same_documents():
         Path("folder").mkdir(exist_ok=True)
         Path(f"folder/{i}.txt").write_text(text)
     for data in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "folder", "folder/*.txt"):
-        assert list(common.open_text(data)["train"]) == texts, data
+        assert documents(data) == texts, data
 
 
 # ---- gpt_train.py: data ----
@@ -203,9 +217,9 @@ def test_packing_repeats_no_token_and_gives_up_fewer_than_two_rows():
 
 
 def test_training_rows_hold_the_documents_and_differ_between_epochs():
-    train = common.open_text(JSON)["train"]
-    texts = list(train)
     cfg = gpt_train.Config(**TINY | dict(shuffle_buffer=2))
+    train = common.open_data(cfg, {"text": None})[0]["train"]
+    texts = documents(JSON)
     tokenizer = gpt_train.load_tokenizer("byte")
     epochs = []
     for epoch in range(2):
@@ -220,9 +234,9 @@ def test_training_rows_hold_the_documents_and_differ_between_epochs():
 
 
 def test_empty_documents_are_skipped_and_counted():
-    texts = [*common.open_text(JSON)["train"], None, "", None]
+    texts = [*documents(JSON), None, "", None]
     Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    last = gpt_train.main(gpt_train.Config(**TINY | dict(data="a.jsonl", steps=2, out_dir="a")))
+    last = gpt_train.main(gpt_train.Config(**TINY | dict(data=("a.jsonl",), steps=2, out_dir="a")))
     assert last["bad_records"] >= 3 and last["bad_records"] % 3 == 0, (
         "in every epoch, as far as the stream is ahead"
     )
@@ -236,7 +250,7 @@ def test_end_token_inside_a_document_is_text():
 
 
 def test_validation_counts_every_token_once_whatever_the_batch_size():
-    texts = list(common.open_text(JSON)["train"])[:2]
+    texts = documents(JSON)[:2]
     tokenizer = gpt_train.load_tokenizer("byte")
     inputs, targets = gpt_train.validation_rows(tokenizer, texts, 32)
     assert (targets[targets >= 0] == gpt_train.encode(tokenizer, texts)).all()
@@ -561,7 +575,7 @@ def test_run_leaves_metrics_curves_checkpoints_and_a_model_folder_that_pytorch_l
     assert info["config"]["steps"] == 12 and info["jax"] == jax.__version__
 
     # bits per byte does not depend on the tokenizer: sum the nats by hand
-    text = next(iter(common.open_text(JSON)["train"]))
+    text = documents(JSON)[0]
     tokenizer, model = gpt_train.load_tokenizer(str(folder)), gpt_train.from_pretrained(str(folder))
     nats, _ = gpt_train.loss_sum(model, *gpt_train.validation_rows(tokenizer, [text], 32))
     assert last["val_bpb"] == pytest.approx(float(nats) / math.log(2) / len(text.encode()), rel=1e-4)
@@ -596,9 +610,9 @@ def test_finished_run_can_be_evaluated_sampled_and_fine_tuned(capsys):
 
 def test_separate_validation_source():
     val = sysconfig.get_path("stdlib") + "/email/mime/text.py"
-    gpt_train.main(gpt_train.Config(**TINY | dict(steps=2, val_data=val, out_dir="a")))
+    gpt_train.main(gpt_train.Config(**TINY | dict(steps=2, val_data=(val,), out_dir="a")))
     seen = lines("a")[-1]["val_loss"]
-    for source in (dict(data=val), dict(val_data=val)):
+    for source in (dict(data=(val,)), dict(val_data=(val,))):
         again = gpt_train.main(
             gpt_train.Config(**TINY | dict(steps=0, init_from="a", tokenizer=None) | source)
         )
@@ -652,8 +666,8 @@ def test_run_that_diverges_stops_and_keeps_its_good_checkpoint():
 
 
 def test_stream_that_gives_up_leaves_a_checkpoint(monkeypatch):
-    def broken(open_epoch, batch_size, position):
-        yield from (item for item, _ in zip(batches(open_epoch, batch_size, position), range(4)))
+    def broken(*args, **how):
+        yield from islice(batches(*args, **how), 4)
         raise common.StreamError("the data cannot be read")
 
     batches = common.batches
@@ -782,7 +796,7 @@ def hub(tmp_path):
     """A hub with fineweb-edu (the standard library's documents, in row groups of 4) and a small gpt2."""
     root = tmp_path / "hub"
     folder = root / "datasets/HuggingFaceFW/fineweb-edu"
-    texts = [text for text in common.open_text("stdlib")["train"] if len(text) < 6000]
+    texts = [text for text in documents("stdlib") if len(text) < 6000]
     for i, name in enumerate(["sample/10BT/000", "sample/10BT/001", "data/CC-MAIN-2013-20/train"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         table = pa.table({"text": texts[i::3], "id": [str(j) for j in range(len(texts[i::3]))]})
@@ -797,7 +811,7 @@ def hub(tmp_path):
     hub.shutdown()
 
 
-FINEWEB = dict(data="HuggingFaceFW/fineweb-edu", data_name="sample-10BT", tokenizer="gpt2")
+FINEWEB = dict(data=("HuggingFaceFW/fineweb-edu",), data_name=("sample-10BT",), tokenizer="gpt2")
 FINEWEB = TINY | FINEWEB | dict(val_docs=3, shuffle_buffer=8, batch_size=64, steps=8)
 
 
@@ -845,7 +859,7 @@ def typed(monkeypatch, capsys, script, *args):
 @pytest.mark.parametrize("preset", gpt_train.PRESETS)
 def test_every_preset_has_help_and_trains(preset):
     helping = launch("gpt_train.py", "--preset", preset, "--help")
-    small = dict(preset=preset, data=JSON, data_name="x", val_docs=1, tokenizer="bpe:300", seq_len=64)
+    small = dict(preset=preset, data=(JSON,), data_name=("x",), val_docs=1, tokenizer="bpe:300", seq_len=64)
     small |= dict(n_layer=1, batch_size=4, accum=2, steps=2, sample_every=0)
     code, _, err = run("gpt_train.py", *flags(**small))
     assert code == 0, err
@@ -948,7 +962,7 @@ def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsy
 def test_changed_files_are_not_resumed(monkeypatch, capsys):
     Path("text.txt").write_text("one two three " * 3000)
     Path("val.txt").write_text("one two three " * 10)
-    args = flags(**TINY | dict(data="text.txt", val_data="val.txt", steps=2, out_dir="a"))
+    args = flags(**TINY | dict(data=("text.txt",), val_data=("val.txt",), steps=2, out_dir="a"))
     assert typed(monkeypatch, capsys, gpt_train, *args)[0] == 0
     Path("text.txt").write_text("one two three four " * 3000)
     code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "4")
@@ -962,7 +976,7 @@ def test_hub_that_cannot_be_reached_is_said_at_once():
     code, _, err = run("gpt_train.py", "--init-from", "some/model", **nowhere)
     assert code == 2 and "some/model: no such folder, nor on the hub" in err.splitlines()[-1]
     _, err = data.communicate(timeout=100)
-    assert data.returncode == 2 and "without a network, --data stdlib works" in err.splitlines()[-1]
+    assert data.returncode == 2 and "without a network, try the default --data" in err.splitlines()[-1]
     assert time.perf_counter() - start < 60
 
 
