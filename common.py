@@ -101,12 +101,6 @@ def cli(Config, presets, main, doc):
     """
     script = Path(sys.argv[0]).stem
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say comes as an exception
-    # our streams are opened again with growing pauses; theirs would read 20 times at a fixed one
-    datasets.config.STREAMING_READ_MAX_RETRIES = 1
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = (
-        datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL
-    ) = 0
-    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--out-dir", "--out_dir")
@@ -157,7 +151,7 @@ def check(cfg, *at_least_one):
 # ---- sources ----
 
 TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-TABLES |= {".csv": "csv", ".tsv": "csv", ".tar": "webdataset", ".zip": "imagefolder"}
+TABLES |= {".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
 READERS = TABLES | dict.fromkeys((".txt", ".md", ".py"), "text")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -290,6 +284,9 @@ def open_data(cfg, columns, data=None, option="--data"):
     `columns`: {role: name of the column, or None to find it}. Splits are called train, and where there are
     such validation and test. Always streaming. UsageError for what cannot be read, with what was expected.
     """
+    how = datasets.config  # theirs: 20 reads at a fixed pace; ours: few, then open again after growing pauses
+    how.STREAMING_READ_MAX_RETRIES, how.STREAMING_READ_RETRY_INTERVAL = 3, 1
+    how.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = how.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
     names = cfg.data_name if data is None else ()
     data = cfg.data if data is None else data
     data = (data,) if isinstance(data, str) else data
@@ -336,10 +333,10 @@ def open_source(data, name, columns, option, retries):
             break
         except Exception as error:  # datasets and the hub raise some twenty kinds
             if attempt <= retries and is_busy(error):
-                wait(first_line(error), attempt, retries)
+                wait(reason(error), attempt, retries)
                 continue
             offline = "" if is_local(data) else "; without a network, try the default --data"
-            raise UsageError(f"{option} {data}: {first_line(error)}{offline}") from error
+            raise UsageError(f"{option} {data}: {reason(error)}{offline}") from error
     what = "images" if "image" in columns else "documents"
     expect(head, f"{option} {data}: no {what} in it")
     if parse:
@@ -421,20 +418,51 @@ def open_splits(data, name, option, columns):
     for file in files:
         words = re.split(r"[^a-z]+", Path(file).stem.lower()) if len(files) > 1 and reader != "text" else []
         splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(file)
-    how = dict(sample_by="document", encoding_errors="replace") if reader == "text" else {}
     if reader == "jsonl":  # by the line, so that a corrupt one is but one bad record
-        reader, how = "text", dict(encoding_errors="replace")
+        return open_files(read_lines, splits, parse_line)
+    if reader == "text":
+        return open_files(read_documents, splits)
+    options = dict(storage_options=url_options()) if is_url(data) else {}
     if reader == "csv":
-        how = dict(sep="\t" if ".tsv" in Path(files[0]).suffixes else ",")
-        how |= {} if has_header(files[0], how["sep"]) else {"header": None}
-    if is_url(data):
-        import aiohttp  # slow to import
+        options["sep"] = "\t" if ".tsv" in Path(files[0]).suffixes else ","
+        options |= {} if has_header(files[0], options["sep"]) else {"header": None}
+    builder = datasets.load_dataset_builder(reader, data_files=splits, **options)
+    return stream_splits(builder), None, partial(digest_files, builder)
 
-        stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
-        how |= dict(storage_options={"http": stalled, "https": stalled})
-    builder = datasets.load_dataset_builder(reader, data_files=splits, **how)
-    parse = parse_line if reader_of(files[0]) == "jsonl" else None
-    return stream_splits(builder), parse, partial(digest_files, builder)
+
+def url_options():
+    """{protocol: options} that make a stalled read an error."""
+    import aiohttp  # slow to import
+
+    stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
+    return {"http": stalled, "https": stalled}
+
+
+def open_files(read, splits, parse=None, features=None):
+    """What open_splits returns, of our own reader `read(files)`: every file is a shard."""
+    stream = partial(datasets.IterableDataset.from_generator, read, features=features)
+    digest = lambda split: digest_names(splits[split])
+    return {split: stream(gen_kwargs={"files": files}) for split, files in splits.items()}, parse, digest
+
+
+def read_lines(files):
+    for file in files:
+        with open_text(file) as lines:
+            yield from ({"text": line} for line in lines if not line.isspace())
+
+
+def read_documents(files):
+    for file in files:
+        with open_text(file) as document:
+            yield {"text": document.read()}
+
+
+def open_text(file):
+    """A local file or a URL, whatever its compression, as text."""
+    options = {}
+    if is_url(file):
+        options = url_options().get(file.split(":")[0], {})
+    return fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="replace", **options)
 
 
 def stream_splits(builder):
@@ -459,13 +487,7 @@ def open_image_folder(root, where):
         for file in files:
             yield {"image": {"path": file, "bytes": None}, "label": names.index(Path(file).parent.name)}
 
-    def digest(split):
-        sizes = [(str(Path(f).relative_to(root)), os.path.getsize(f)) for f in splits[split]]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
-
-    stream = datasets.IterableDataset.from_generator
-    how = dict(features=features)
-    return {split: stream(read, gen_kwargs={"files": f}, **how) for split, f in splits.items()}, None, digest
+    return open_files(read, splits, features=features)
 
 
 def image_bytes(value):
@@ -487,16 +509,17 @@ def parse_line(row):
 
 def has_header(file, sep):
     """Whether the first line of a table names its columns: a number is no name."""
-    with fsspec.open(
-        file, "rt", compression="infer", encoding="utf-8", errors="replace", newline=""
-    ) as lines:
+    with open_text(file) as lines:
         first = next(csv.reader(lines, delimiter=sep), [])
     return not any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", field) for field in first)
 
 
 def digest_files(builder, split):
+    return digest_names((builder.config.data_files or {}).get(split, []))
+
+
+def digest_names(files):
     """Digest of what is read: local files with their sizes; on the hub the paths, which hold the revision."""
-    files = (builder.config.data_files or {}).get(split, [])
     sizes = [(str(f), os.path.getsize(f) if os.path.exists(f) else 0) for f in files]
     return hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()[:16]
 
@@ -521,6 +544,10 @@ def is_busy(error):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def reason(error):
+    return first_line(error.__cause__ or error)  # some libraries wrap, and tell nothing
 
 
 def wait(what, failures, retries):
@@ -566,7 +593,7 @@ class Rows:
                     retries = self.retries
                 else:
                     raise
-                failures, what = failures + 1, first_line(error.__cause__ or error)
+                failures, what = failures + 1, reason(error)
                 if failures > retries:
                     raise StreamError(f"the data failed {failures} times in a row: {what}") from error
                 wait(what, failures, retries)

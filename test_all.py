@@ -1,10 +1,13 @@
 """What nanoflax promises, a test for each. They need no network; those against PyTorch skip without torch."""
 
+import bz2
 import dataclasses
 import gzip
 import hashlib
 import http.server
+import io
 import json
+import lzma
 import math
 import os
 import random
@@ -14,10 +17,11 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import threading
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -28,10 +32,13 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from flax import nnx
+from tqdm import tqdm
 from transformers import GPT2Config
 
 HERE = Path(__file__).parent
@@ -102,60 +109,427 @@ def open_train(*data, script=gpt_train, columns=("text",), **changes):
     return [splits["train"] for splits in common.open_data(cfg, dict.fromkeys(columns))]
 
 
+# ---- the Hugging Face hub, as a local server that speaks its routes ----
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves root/{datasets,models}/ID/FILE by the hub's routes, and root/files/FILE as a plain web server.
+
+    `fault(path)` may name something to go wrong with a request.
+    """
+
+    daemon_threads = True
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, root):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.root, self.fault, self.faults = root, lambda path: None, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.env = dict(HF_HOME=str(root / "home"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        self.env |= dict(HF_ENDPOINT=self.url, HF_HUB_DOWNLOAD_TIMEOUT="2")
+
+    def handle_error(self, request, client_address):
+        pass  # a client that hangs up is part of the game
+
+
+class HubRequest(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, code, body=b"", **headers):
+        if isinstance(body, list | dict):
+            body = json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in dict(Content_Length=len(body), X_Repo_Commit=Hub.sha, **headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def go_wrong(self, kind, body):
+        self.server.faults += 1
+        self.close_connection = True
+        if kind == "truncated":
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+        elif kind == "stall":
+            time.sleep(4)
+        elif kind != "reset":
+            self.answer(kind, **{"Retry-After": 0} if kind == 429 else {})
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        if path.startswith("/files/"):
+            return self.send_file(self.server.root / path[1:], path)
+        kind, repo = ("datasets" if "/datasets/" in path else "models"), None
+        for folder in (self.server.root / kind).glob("**/"):
+            name = str(folder.relative_to(self.server.root / kind))
+            if f"/{name}/" in path and (repo is None or len(name) > len(repo)) and len(name.split("/")) < 3:
+                repo = name
+        if repo is None:
+            return self.answer(404, X_Error_Code="RepoNotFound")
+        route, _, *rest = path.split(f"/{repo}/", 1)[1].split("/")  # after the route, the revision
+        folder, file = self.server.root / kind / repo, "/".join(rest)
+        if route == "revision":
+            siblings = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
+            return self.answer(200, dict(id=repo, sha=Hub.sha, siblings=siblings, tags=[], private=False))
+        if route == "tree":
+            deep = "recursive=true" in self.path.lower()
+            found = sorted((folder / file).rglob("*") if deep else (folder / file).glob("*"))
+            kinds = lambda p: (
+                dict(type="file", size=p.stat().st_size) if p.is_file() else dict(type="directory", size=0)
+            )
+            return self.answer(
+                200, [dict(path=str(p.relative_to(folder)), oid=p.name, **kinds(p)) for p in found]
+            )
+        if route != "resolve":
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        self.send_file(folder / file, path)
+
+    def send_file(self, file, path):
+        if not file.is_file():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body = file.read_bytes()
+        head = dict(ETag=f'"{hashlib.sha1(body).hexdigest()}"', Accept_Ranges="bytes")
+        if self.command == "HEAD":
+            return self.answer(200, body, **head)
+        code = 200
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+            head["Content_Range"] = f"bytes {first}-{last}/{len(body)}"
+            code, body = 206, body[first : last + 1]
+        fault = self.server.fault(path)
+        return self.go_wrong(fault, body) if fault else self.answer(code, body, **head)
+
+    do_HEAD = do_GET
+
+
+# ---- common.py: sources ----
+
+TEXTS = ["one\ntwo", 'three, "four"', "fünf\t6"]
+
+
+def write_texts(folder):
+    """TEXTS in every format, three records each -> the names."""
+    folder.mkdir(parents=True)
+    table = pa.table({"id": [0, 1, 2], "text": TEXTS})
+    pq.write_table(table, folder / "a.parquet")
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / "a.json").write_text(json.dumps(rows))
+    (folder / "a.jsonl").write_bytes(lines)
+    for suffix, library in {"gz": gzip, "bz2": bz2, "xz": lzma, "zst": zstandard}.items():
+        (folder / f"a.jsonl.{suffix}").write_bytes(library.compress(lines))
+    table.to_pandas().to_csv(folder / "a.csv", index=False)
+    table.to_pandas().to_csv(folder / "a.tsv", index=False, sep="\t")
+    write_tar(folder / "a.tar", {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)})
+    return [path.name for path in folder.iterdir()]
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_every_format_gives_the_same_documents_from_disk_and_from_the_web(tmp_path):
+    names = write_texts(tmp_path / "files")
+    web = Hub(tmp_path)
+    for name in names:
+        for data in (f"files/{name}", f"{web.url}/files/{name}"):
+            assert documents(data) == TEXTS, data
+    for i, text in enumerate(TEXTS):
+        Path("folder").mkdir(exist_ok=True)
+        Path(f"folder/{i}.txt").write_text(text)
+    for data in ("folder", "folder/*.txt"):
+        assert documents(data) == TEXTS
+    assert documents("files/a.csv", "folder") == [text for text in TEXTS for _ in range(2)]
+
+
+@pytest.fixture
+def pictures():
+    """{(class number, content)} of six small images in two classes."""
+    found = set()
+    for i in range(6):
+        file = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(file, "PNG")
+        found.add((i % 2, file.getvalue()))
+    return found
+
+
+def test_every_format_gives_the_same_images_and_labels_from_disk_and_from_the_web(tmp_path, pictures):
+    files = tmp_path / "files"
+    for i, (label, content) in enumerate(sorted(pictures)):
+        path = files / "folder" / "train" / "ab"[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    rows = [
+        {"image": {"bytes": content, "path": None}, "label": label} for label, content in sorted(pictures)
+    ]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(files / "a.parquet")
+    parts = {}
+    for i, (label, content) in enumerate(sorted(pictures)):
+        parts |= {f"{i}.png": content, f"{i}.cls": str(label).encode()}
+    write_tar(files / "a.tar", parts)
+    web = Hub(tmp_path)
+    for data in ("folder", "folder/train", "a.parquet", "a.tar"):
+        for place in ("files", f"{web.url}/files"):
+            if data.startswith("folder") and place != "files":
+                continue  # there is no listing a folder of the web
+            (source,) = open_train(f"{place}/{data}", columns=("image", "label"))
+            found = {(r["label"], common.image_bytes(r["image"])) for r in source}
+            assert found == pictures, data
+            assert source.classes == (["a", "b"] if data != "a.tar" else None)
+
+
+def test_splits_columns_and_headers_are_found():
+    Path("data").mkdir()
+    for split in ("train", "dev", "test"):
+        Path(f"data/{split}.tsv").write_text(f"{split} is good\t1\nbad\t0\n")
+    (found,) = common.open_data(gpt_train.Config(data=("data",)), {"text": None, "label": None})
+    assert {name: next(iter(source))["text"] for name, source in found.items()} == {
+        "train": "train is good",
+        "validation": "dev is good",
+        "test": "test is good",
+    }
+    Path("a.csv").write_text("body,title,label\nlong,short,3\n")
+    (found,) = common.open_data(gpt_train.Config(data=("a.csv",)), {"text": "title", "label": None})
+    source = found["train"]
+    assert list(source) == [{"text": "short", "label": 3, "record": 0}]
+
+
 # ---- common.py: streams ----
 
 
-def numbers(n=40, shards=4):
-    """Rows 0..n-1 in several shards, as a streaming data set."""
-    rows = datasets.Dataset.from_dict({"x": list(range(n))})
-    return rows.to_iterable_dataset(num_shards=shards)
+def write_numbers(n=600, group=10, files=3):
+    """Rows "0".."n-1" in parquet files of row groups of `group`."""
+    Path("numbers").mkdir()
+    for i in range(files):
+        part = [str(x) for x in range(i * n // files, (i + 1) * n // files)]
+        pq.write_table(pa.table({"text": part}), f"numbers/{i}.parquet", row_group_size=group)
+    return open_train("numbers")[0]
 
 
-def open_numbers(epoch, fail_at=None):
-    """An epoch of shuffled windows; at row `fail_at` of it the connection breaks."""
+def numbers_of(source, epoch, window=50, seed=0):
+    """An epoch of the numbers, permuted in windows and then in a second stage taken four at a time."""
 
-    def window(batch, index):
-        rng = np.random.default_rng([epoch, index[0]])
-        return {"ids": rng.permutation(np.array(batch["x"]))}
+    def permute(batch):
+        order = np.random.default_rng([seed, epoch, source.rank, batch["record"][0]]).permutation
+        order = order(len(batch["text"]))
+        return {name: [values[i] for i in order] for name, values in batch.items()}
 
-    def broken(row, index):
-        if index == fail_at:
-            raise ConnectionResetError("connection reset")
-        return row
+    def parse(batch):
+        return {"ids": [int(text) for text in batch["text"]]}
 
-    ds = numbers().map(window, batched=True, batch_size=16, with_indices=True, remove_columns=["x"])
-    ds = ds.map(broken, with_indices=True)
-    ds.set_epoch(1 + epoch)
-    return ds
+    return source.map(epoch, seed, (permute, window), (parse, 4))
 
 
 def take(stream, n):
     return [batch["ids"].tolist() for batch, _ in islice(stream, n)]
 
 
-def test_stream_loses_and_repeats_no_row_over_epochs():
-    rows = [x for ids in take(common.batches([open_numbers], 7), 40) for x in ids]
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_no_row_is_lost_or_repeated_over_epochs_and_processes(world):
+    source, orders = write_numbers(), []
+    for epoch in range(2):
+        rows = []
+        for rank in range(world):
+            share = dataclasses.replace(source, rank=rank, world=world)
+            rows.append([row["ids"] for row in numbers_of(share, epoch)])
+            assert len(rows[-1]) == pytest.approx(600 / world, abs=20), "shares of about the same size"
+        orders.append([x for share in rows for x in share])
+        assert sorted(orders[-1]) == list(range(600))
+    assert orders[0] != orders[1], "every epoch has an order of its own"
+
+
+def test_batches_run_over_epoch_ends_and_drop_no_row():
+    source = write_numbers()
+    rows = [x for ids in take(common.batches([partial(numbers_of, source)], 7), 600) for x in ids]
     for epoch in range(7):
-        assert sorted(rows[40 * epoch : 40 * (epoch + 1)]) == list(range(40))
-    assert rows[:40] != rows[40:80], "every epoch has an order of its own"
+        assert sorted(rows[600 * epoch : 600 * (epoch + 1)]) == list(range(600))
 
 
-def test_stream_resumes_from_every_position():
-    whole = take(common.batches([open_numbers], 7), 14)  # over two ends of an epoch
-    for i, (_, position) in enumerate(islice(common.batches([open_numbers], 7), 13)):
+def test_stream_resumes_after_every_batch():
+    share = dataclasses.replace(write_numbers(120), rank=1, world=2)
+    stream = lambda position=None: common.batches([partial(numbers_of, share)], 7, position=position)
+    whole = take(stream(), 20)  # over two ends of an epoch
+    for i, (_, position) in enumerate(islice(stream(), 19)):
         saved = json.dumps(position)
         assert len(saved) < 4000
-        assert take(common.batches([open_numbers], 7, position=json.loads(saved)), 13 - i) == whole[i + 1 :]
+        assert take(stream(json.loads(saved)), 19 - i) == whole[i + 1 :]
+
+
+def test_shuffle_window_of_twenty_row_groups_mixes_nearly_as_well_as_a_permutation_of_all():
+    source = write_numbers(8000, group=20)
+
+    def spread(rows):
+        """Of the batches' means: what a training step sees of an order that follows the files."""
+        return np.std(np.mean(np.reshape(rows, (-1, 32)), axis=1))
+
+    shuffled = [spread([row["ids"] for row in numbers_of(source, epoch, window=400)]) for epoch in range(4)]
+    ideal = [spread(np.random.default_rng(i).permutation(8000)) for i in range(4)]
+    by_file = spread([row["ids"] for row in numbers_of(source, 0, window=1)])
+    assert np.mean(shuffled) < 1.8 * np.mean(ideal)
+    assert by_file > 4 * np.mean(ideal)
+    neighbours = [row["ids"] // 20 for row in numbers_of(source, 0, window=400)]
+    assert np.mean(np.diff(neighbours) == 0) < 0.1, "of one row group: 1/20 within the window"
+
+
+def test_mixture_has_its_shares_and_every_source_its_own_order_resumed_or_not():
+    numbers = write_numbers()
+    letters = [str(x) for x in range(1000, 1200)]
+    pq.write_table(pa.table({"text": letters}), "letters.parquet", row_group_size=10)
+    both = [partial(numbers_of, source) for source in (numbers, *open_train("letters.parquet"))]
+    stream = lambda position=None: common.batches(both, 16, seed=3, weights=(0.7, 0.3), position=position)
+    whole = take(stream(), 120)
+    rows = np.reshape(whole, -1)
+    assert np.mean(rows < 1000) == pytest.approx(0.7, abs=0.03)
+    for i, is_mine in enumerate((rows < 1000, rows >= 1000)):
+        alone = [x for ids in take(common.batches(both[i : i + 1], 16), 100) for x in ids]
+        assert rows[is_mine].tolist() == alone[: is_mine.sum()]
+    for i, (_, position) in enumerate(islice(stream(), 60)):
+        if i % 10 == 9:
+            assert take(stream(json.loads(json.dumps(position))), 20) == whole[i + 1 : i + 21]
+
+
+def break_at(open_epoch, rows):
+    """open_epoch, but for a connection that breaks at the next of `rows` whenever it is opened."""
+
+    def broken(row, index, fail_at):
+        if index == fail_at:
+            raise ConnectionResetError("connection reset")
+        return row
+
+    def open_broken(epoch):
+        ds = open_epoch(epoch).map(broken, with_indices=True, fn_kwargs={"fail_at": next(rows, None)})
+        ds.set_epoch(1 + epoch)
+        return ds
+
+    return open_broken
 
 
 def test_stream_survives_a_broken_source_with_the_same_batches(monkeypatch, capfd):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    whole, opened = take(common.batches([open_numbers], 7), 14), iter([3, 17, 30, 38, None, 5])
-    flaky = common.batches([lambda epoch: open_numbers(epoch, next(opened, None))], 7)
-    assert take(flaky, 14) == whole
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    numbers = partial(numbers_of, write_numbers(60))
+    whole = take(common.batches([numbers], 7), 20)
+    flaky = break_at(numbers, iter([3, 17, 30, 38, None, 5]))
+    assert take(common.batches([flaky], 7), 20) == whole
     assert capfd.readouterr().err.count("connection reset") == 5
-    with pytest.raises(common.StreamError, match="4 times in a row: connection reset"):
-        next(common.batches([lambda epoch: open_numbers(epoch, 0)], 7, retries=3))
+    pauses.clear()
+    with pytest.raises(common.StreamError, match="9 times in a row: connection reset"):
+        next(common.batches([break_at(numbers, repeat(0))], 7))
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60], "they grow"
+
+
+def test_web_that_fails_at_random_changes_no_row(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(common, "wait", lambda what, failures, retries: tqdm.write(f"data: {what}"))
+    texts = [f"{i} " + "x" * 2000 for i in range(300)]
+    (tmp_path / "files").mkdir()
+    pq.write_table(pa.table({"text": texts}), "files/a.parquet", row_group_size=10, compression="none")
+    Path("files/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("files/a.jsonl.zst").write_bytes(zstandard.compress(Path("files/a.jsonl").read_bytes()))
+    web, dice = Hub(tmp_path), random.Random(0)
+    kinds = [500, 503, 504, 429, "reset", "truncated"]
+
+    def read(source):
+        stage = lambda batch: {"ids": [int(text.split()[0]) for text in batch["text"]]}
+        return take(common.batches([lambda epoch: source.map(epoch, 0, (stage, 50))], 30), 20)
+
+    for name in ("a.parquet", "a.jsonl", "a.jsonl.zst"):
+        (source,) = open_train(f"{web.url}/files/{name}")
+        whole = read(source)
+        monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+        web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.2 else None
+        assert read(source) == whole
+        web.fault = lambda path: None
+    assert web.faults > 5 and capfd.readouterr().out.count("data:") > 3
+
+
+BAD_RECORDS = [None, "", 5, ["a"], {"b": 1}, True]
+
+
+def test_bad_records_are_skipped_logged_and_counted_with_the_rows_trained_on(capfd):
+    texts = [str(i) for i in range(200)]
+    for i, bad in enumerate(BAD_RECORDS):
+        texts.insert(20 * i + 7, bad)
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines.insert(150, '{"text": "cut sho')
+    Path("a.jsonl").write_text("\n".join(lines))
+    (source,) = open_train("a.jsonl")
+    stream = lambda position=None: common.batches(
+        [partial(numbers_of, source, window=10)], 4, position=position
+    )
+    rows, counts = [], []
+    for i, (batch, position) in enumerate(islice(stream(), 100)):
+        rows += batch["ids"].tolist()
+        counts.append(position["bad"])
+        if i == 30:
+            saved = position
+    assert sorted(rows[:200]) == list(range(200)) == sorted(rows[200:])
+    assert counts[49] == 7 and counts[99] == 14 and counts == sorted(counts)
+    assert len(set(counts)) > 5, "the count does not run ahead"
+    assert [position["bad"] for _, position in islice(stream(saved), 69)] == counts[31:]
+    said = capfd.readouterr().err
+    for i, why in ((7, "text is missing"), (27, "text is empty"), (47, "text is of type int")):
+        assert f"data: skipped record {i} of epoch 0: {why}" in said
+    assert "record 150 of epoch 1: not a JSON object" in said
+
+
+def test_more_than_one_bad_record_in_a_hundred_stops_the_stream():
+    for share, stops in ((120, False), (90, True)):
+        texts = [None if i % share == 0 else "7" for i in range(30_000)]
+        pq.write_table(pa.table({"text": texts}), "a.parquet", row_group_size=5000)
+        stream = common.batches([partial(numbers_of, *open_train("a.parquet"), window=1000)], 1000)
+        if stops:
+            with pytest.raises(common.StreamError, match="more than 1 % of the last 10,000 records"):
+                take(stream, 25)
+        else:
+            take(stream, 25)
+
+
+def test_labels_that_cannot_be_meant_are_bad_records(capfd):
+    Path("a.csv").write_text("text,label\na,0\nb,\nc,1\nd,-1\ne,2\n")
+    (source,) = open_train("a.csv", columns=("text", "label"))
+    assert [(r["text"], r["label"]) for r in source] == [("a", 0), ("c", 1), ("e", 2)]
+    source.classes = ["no", "yes"]
+    assert [r["text"] for r in source] == ["a", "c"]
+    assert "record 4: label is 2, expected a class from 0 to 1" in capfd.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_file():
+    noise = np.random.default_rng(0)
+    schema = pa.schema({"text": pa.string()})
+    with pq.ParquetWriter("a.parquet", schema, compression="none") as file:
+        for _ in range(150):  # 2 MB each, in one file of 300
+            rows = noise.integers(32, 127, (1000, 2000), dtype=np.uint8)
+            file.write_table(pa.table({"text": [row.tobytes().decode() for row in rows]}))
+    assert Path("a.parquet").stat().st_size > 300e6
+    program = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+import common, gpt_train
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+source = common.open_data(gpt_train.Config(data=("a.parquet",)), {"text": None})[0]["train"]
+rows = source.map(0, 0, (lambda batch: {"n": [len(text) for text in batch["text"]]}, 1000))
+print(sum(row["n"] for row in rows), peak() - before)
+"""
+    process = subprocess.run([sys.executable, "-c", program, str(HERE)], capture_output=True, text=True)
+    characters, grown = map(int, process.stdout.split())
+    assert characters == 150 * 1000 * 2000
+    assert grown < 400e6
 
 
 def test_prefetch_raises_the_streams_own_exception_where_it_is_read():
@@ -184,22 +558,6 @@ def test_prefetch_ends_when_told_to_and_counts_the_wait():
     assert list(ahead) == []
     ahead.close()
     assert not ahead.thread.is_alive()
-
-
-def test_every_format_gives_the_same_documents():
-    texts = ["one\ntwo", 'three, "four"', "fünf\t6"]
-    table = pa.table({"id": [0, 1, 2], "text": texts})
-    pq.write_table(table, "a.parquet")
-    rows = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
-    Path("a.jsonl").write_text(rows)
-    Path("a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
-    table.to_pandas().to_csv("a.csv", index=False)
-    table.to_pandas().to_csv("a.tsv", index=False, sep="\t")
-    for i, text in enumerate(texts):
-        Path("folder").mkdir(exist_ok=True)
-        Path(f"folder/{i}.txt").write_text(text)
-    for data in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "folder", "folder/*.txt"):
-        assert documents(data) == texts, data
 
 
 # ---- gpt_train.py: data ----
@@ -702,93 +1060,7 @@ def test_wandb_gets_every_line(monkeypatch):
     assert [json.loads(x[7:]) for x in Path("log").read_text().splitlines()[1:]] == lines("a")
 
 
-# ---- the Hugging Face hub, as a local server that speaks its routes ----
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves root/{datasets,models}/ID/FILE; `fault(path)` may name something to go wrong with a request."""
-
-    daemon_threads = True
-    sha = "0123456789abcdef0123456789abcdef01234567"
-
-    def __init__(self, root):
-        super().__init__(("127.0.0.1", 0), HubRequest)
-        self.root, self.fault, self.faults = root, lambda path: None, 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        home = dict(HF_HOME=str(root / "home"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        self.env = home | dict(HF_ENDPOINT=f"http://127.0.0.1:{self.server_port}")
-
-    def handle_error(self, request, client_address):
-        pass  # a client that hangs up is part of the game
-
-
-class HubRequest(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, code, body=b"", **headers):
-        if isinstance(body, list | dict):
-            body = json.dumps(body).encode()
-        self.send_response(code)
-        for name, value in dict(Content_Length=len(body), X_Repo_Commit=Hub.sha, **headers).items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def go_wrong(self, kind, body):
-        self.server.faults += 1
-        self.close_connection = True
-        if kind == "truncated":
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2])
-        elif kind != "reset":
-            self.answer(kind, **{"Retry-After": 0} if kind == 429 else {})
-        self.wfile.flush()
-        self.connection.shutdown(socket.SHUT_RDWR)
-
-    def do_GET(self):
-        path = unquote(urlparse(self.path).path)
-        kind, repo = ("datasets" if "/datasets/" in path else "models"), None
-        for folder in (self.server.root / kind).glob("**/"):
-            name = str(folder.relative_to(self.server.root / kind))
-            if f"/{name}/" in path and (repo is None or len(name) > len(repo)) and len(name.split("/")) < 3:
-                repo = name
-        if repo is None:
-            return self.answer(404, X_Error_Code="RepoNotFound")
-        route, _, *rest = path.split(f"/{repo}/", 1)[1].split("/")  # after the route, the revision
-        folder, file = self.server.root / kind / repo, "/".join(rest)
-        if route == "revision":
-            siblings = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
-            return self.answer(200, dict(id=repo, sha=Hub.sha, siblings=siblings, tags=[], private=False))
-        if route == "tree":
-            deep = "recursive=true" in self.path.lower()
-            found = sorted((folder / file).rglob("*") if deep else (folder / file).glob("*"))
-            kinds = lambda p: (
-                dict(type="file", size=p.stat().st_size) if p.is_file() else dict(type="directory", size=0)
-            )
-            return self.answer(
-                200, [dict(path=str(p.relative_to(folder)), oid=p.name, **kinds(p)) for p in found]
-            )
-        if route != "resolve" or not (folder / file).is_file():
-            return self.answer(404, X_Error_Code="EntryNotFound")
-        body = (folder / file).read_bytes()
-        head = dict(ETag=f'"{hashlib.sha1(body).hexdigest()}"', Accept_Ranges="bytes")
-        if self.command == "HEAD":
-            return self.answer(200, body, **head)
-        code = 200
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
-            head["Content_Range"] = f"bytes {first}-{last}/{len(body)}"
-            code, body = 206, body[first : last + 1]
-        fault = self.server.fault(path)
-        return self.go_wrong(fault, body) if fault else self.answer(code, body, **head)
-
-    do_HEAD = do_GET
+# ---- gpt_train.py from the hub ----
 
 
 @pytest.fixture
