@@ -285,7 +285,7 @@ def open_data(cfg, columns, data=None, option="--data"):
     such validation and test. Always streaming. UsageError for what cannot be read, with what was expected.
     """
     how = datasets.config  # theirs: 20 reads at a fixed pace; ours: few, then open again after growing pauses
-    how.STREAMING_READ_MAX_RETRIES, how.STREAMING_READ_RETRY_INTERVAL = 3, 1
+    how.STREAMING_READ_MAX_RETRIES, how.STREAMING_READ_RETRY_INTERVAL = 2, 1
     how.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = how.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
     names = cfg.data_name if data is None else ()
     data = cfg.data if data is None else data

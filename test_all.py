@@ -6,12 +6,14 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -1098,20 +1100,73 @@ def test_hub_data_tokenizer_and_weights_by_their_ids(hub):
     assert code == 2 and "--data some/where" in err.splitlines()[-1]
 
 
+def break_requests(hub, after, kind_of):
+    """Let `kind_of(n)` name what goes wrong with the n-th request for data after the first ones."""
+    requests, lock = itertools.count(-after), threading.Lock()
+
+    def fault(path):
+        if ".parquet" not in path:
+            return None
+        with lock:
+            n = next(requests)
+        return kind_of(n) if n >= 0 else None
+
+    hub.fault = fault
+
+
 def test_hub_that_fails_changes_no_loss_killed_or_not(hub):
-    code, _, err = run("gpt_train.py", *flags(**FINEWEB, out_dir="whole"), **hub.env)
+    whole = launch("gpt_train.py", *flags(**FINEWEB, out_dir="whole"), **hub.env)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    kinds = [500, 503, 504, 429, "reset", "truncated", "stall"]
+    break_requests(hub, 6, lambda n: kinds[n // 2] if n % 2 == 0 and n < 14 else None)  # each once
+    code, _, err = run("gpt_train.py", *flags(**FINEWEB, out_dir="once"), **hub.env)
     assert code == 0, err
+    assert hub.faults == 7
+    assert losses("once") == losses("whole")
+
     dice = random.Random(0)
-    kinds = [500, 503, 429, "reset", "truncated"]
-    hub.fault = lambda path: dice.choice(kinds) if ".parquet" in path and dice.random() < 0.25 else None
+    break_requests(hub, 9, lambda n: dice.choice(kinds[:-1]) if dice.random() < 0.25 else None)
     process = launch("gpt_train.py", *flags(**FINEWEB, out_dir="killed"), **hub.env)
     wait_for_step(process, "killed", 4)
     process.kill()
     process.wait()
     code, _, err = run("gpt_train.py", *flags(resume=True, out_dir="killed"), **hub.env)
     assert code == 0, err
-    assert hub.faults >= 5
+    assert hub.faults >= 10
     assert losses("killed") == losses("whole")
+
+
+def test_source_that_stays_away_is_given_up_with_a_checkpoint(hub):
+    shutil.copytree(hub.root / "datasets/HuggingFaceFW/fineweb-edu/sample/10BT", hub.root / "files")
+    web = dict(data=(f"{hub.url}/files/000.parquet",), data_name=(), tokenizer="byte", shuffle_buffer=4)
+    args = flags(**FINEWEB | web | dict(steps=4000, ckpt_every=4000, out_dir="a", retries=1))
+    break_requests(hub, 30, lambda n: "reset")
+    code, _, err = run("gpt_train.py", *args)
+    assert code == 1 and "Traceback" not in err, err
+    assert "try 1 of 1 in 1 s" in err and "the data failed 2 times in a row: " in err.splitlines()[-1]
+    (saved,) = (int(path.name) for path in Path("a/ckpt").iterdir())
+    assert saved == lines("a")[-1]["step"] > 1, "all that was trained on good data is kept"
+    hub.fault = lambda path: None
+    code, _, err = run("gpt_train.py", *flags(resume=True, out_dir="a", steps=saved + 2))
+    assert code == 0, err
+
+
+def test_ctrl_c_while_the_hub_is_down_ends_at_once(hub):
+    args = flags(**FINEWEB | dict(steps=4000, ckpt_every=4000, shuffle_buffer=4), out_dir="a")
+    break_requests(hub, 30, lambda n: "reset")
+    process, seen = launch("gpt_train.py", *args, **hub.env), -1
+    wait_for_step(process, "a", 2)
+    while process.poll() is None and seen != lines("a")[-1]["step"]:  # until the rows at hand are used up
+        seen = lines("a")[-1]["step"]
+        time.sleep(3)
+    start = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "Exception ignored" not in err, err
+    assert time.perf_counter() - start < 20
+    (saved,) = (int(path.name) for path in Path("a/ckpt").iterdir())
+    assert f"saved at step {saved}" in out and saved == seen
 
 
 # ---- the command line ----
