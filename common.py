@@ -100,7 +100,8 @@ def cli(Config, presets, main, doc):
     Defaults come from Config and then from --preset, or with --resume from the run.json of that run.
     """
     script = Path(sys.argv[0]).stem
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say comes as an exception
+    for library in ("datasets", "huggingface_hub"):  # what they have to say comes as an exception
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--out-dir", "--out_dir")

@@ -1140,21 +1140,20 @@ def test_hub_that_fails_changes_no_loss_killed_or_not(hub):
 def test_source_that_stays_away_is_given_up_with_a_checkpoint(hub):
     shutil.copytree(hub.root / "datasets/HuggingFaceFW/fineweb-edu/sample/10BT", hub.root / "files")
     web = dict(data=(f"{hub.url}/files/000.parquet",), data_name=(), tokenizer="byte", shuffle_buffer=4)
-    args = flags(**FINEWEB | web | dict(steps=4000, ckpt_every=4000, out_dir="a", retries=1))
-    break_requests(hub, 30, lambda n: "reset")
+    args = flags(**FINEWEB | web | dict(steps=4000, eval_every=4000, ckpt_every=4000, out_dir="a", retries=1))
+    break_requests(hub, 20, lambda n: "reset")
     code, _, err = run("gpt_train.py", *args)
     assert code == 1 and "Traceback" not in err, err
     assert "try 1 of 1 in 1 s" in err and "the data failed 2 times in a row: " in err.splitlines()[-1]
     (saved,) = (int(path.name) for path in Path("a/ckpt").iterdir())
     assert saved == lines("a")[-1]["step"] > 1, "all that was trained on good data is kept"
-    hub.fault = lambda path: None
-    code, _, err = run("gpt_train.py", *flags(resume=True, out_dir="a", steps=saved + 2))
-    assert code == 0, err
 
 
 def test_ctrl_c_while_the_hub_is_down_ends_at_once(hub):
-    args = flags(**FINEWEB | dict(steps=4000, ckpt_every=4000, shuffle_buffer=4), out_dir="a")
-    break_requests(hub, 30, lambda n: "reset")
+    args = flags(
+        **FINEWEB | dict(steps=4000, eval_every=4000, ckpt_every=4000, shuffle_buffer=4), out_dir="a"
+    )
+    break_requests(hub, 20, lambda n: "reset")
     process, seen = launch("gpt_train.py", *args, **hub.env), -1
     wait_for_step(process, "a", 2)
     while process.poll() is None and seen != lines("a")[-1]["step"]:  # until the rows at hand are used up
@@ -1166,7 +1165,7 @@ def test_ctrl_c_while_the_hub_is_down_ends_at_once(hub):
     assert process.returncode == 130 and "Traceback" not in err and "Exception ignored" not in err, err
     assert time.perf_counter() - start < 20
     (saved,) = (int(path.name) for path in Path("a/ckpt").iterdir())
-    assert f"saved at step {saved}" in out and saved == seen
+    assert f"saved at step {saved}" in out and saved >= seen
 
 
 # ---- the command line ----
@@ -1213,6 +1212,12 @@ BAD = {
         ["--data", "rows.jsonl", "--text-column", "txt"],
         "no text column txt among id, title, body",
     ),
+    "weights": (["--data-weights", "1", "2"], "--data-weights 1.0 2.0: one for each --data"),
+    "negative weight": (["--data-weights", "-1"], "--data-weights -1.0: must be above 0"),
+    "names": (["--data-name", "a", "b"], "--data-name a b: one for each --data, - for none"),
+    "retries": (["--retries", "-1"], "--retries -1: must not be negative"),
+    "nothing of JSON": (["--data", "not.jsonl"], "--data not.jsonl: no JSON object in its first ten lines"),
+    "web": (["--data", "http://127.0.0.1:9/a.parquet"], "--data http://127.0.0.1:9/a.parquet: "),
     "few documents": (["--data", JSON, "--val-docs", "9"], "--val-docs 9: *json/*.py has only 5 documents"),
     "nothing left": (
         ["--data", JSON, "--val-docs", "5"],
@@ -1247,6 +1252,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, monkeypatch, capsys):
     Path("empty.jsonl").write_text("")
     Path("a.doc").write_text("x")
+    Path("not.jsonl").write_text("text\nmore text\n")
     Path("rows.jsonl").write_text('{"id": 1, "title": "a", "body": "b"}\n' * 30)
     gpt_train.save_pretrained(tiny_model(), "model")
     gpt_train.save_pretrained(tiny_model(300), "larger")
@@ -1274,11 +1280,20 @@ def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsy
         ("--data", sysconfig.get_path("stdlib") + "/email/*.py"): "was started with",
         ("--seq-len", "16"): "--seq-len 16: the run in a was started with 32; start a new run to change it",
         ("--seed", "7"): "--seed 7: the run in a was started with 0",
+        ("--shuffle-buffer", "7"): "--shuffle-buffer 7: the run in a was started with 1000",
+        ("--data", JSON, JSON, "--data-weights", "1", "2"): "the run in a was started with",
         ("--preset", "gpt2"): "--preset gpt2: the run in a was started with stdlib",
         ("--steps", "2"): "--steps 2: the run in a is at step 3 already",
     }.items():
         code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", *changes)
         assert code == 2 and message in err
+    info = json.loads(Path("a/run.json").read_text())
+    info["data"]["processes"] = 4
+    Path("a/run.json").write_text(json.dumps(info))
+    code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")
+    assert code == 2 and "processes of the data is 1, and was 4 when a began" in err
+    info["data"]["processes"] = 1
+    Path("a/run.json").write_text(json.dumps(info))
     assert losses("a") == before
     assert typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")[0] == 0
     assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5] and losses("a")[:2] == before[:2]
