@@ -44,7 +44,7 @@ def tune_malloc():
 
 
 # one of our scripts is the program: only then touch the process, and before jax starts its threads
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in ("gpt_train",):
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in ("gpt_train", "resnet_stream"):
     tune_malloc()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
@@ -743,7 +743,7 @@ def read_weights(folder, path):
 # flags that may change when a run goes on; every other one is part of what its checkpoints mean
 FREE = "steps accum lr min_lr warmup_steps weight_decay grad_clip dropout remat fsdp out_dir resume overwrite"
 FREE += " retries keep log_every eval_every eval_batches sample_every ckpt_every wandb"
-FREE += " prompt max_new_tokens temperature top_k top_p"
+FREE += " prompt max_new_tokens temperature top_k top_p momentum label_smoothing mixup"
 
 
 def newest_run(script):
@@ -814,7 +814,7 @@ class Run:
             choices = "--resume to go on with it, --overwrite to start again, or choose another directory"
             expect(self.cfg.overwrite, f"--out-dir {path}: holds a run already; {choices}")
             shutil.rmtree(path / "ckpt", ignore_errors=True)
-            for name in ("run.json", "metrics.jsonl", "curves.png", "model.safetensors"):
+            for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
                 (path / name).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         return path

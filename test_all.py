@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlparse
 
 import common
 import gpt_train
+import resnet_stream
 
 import datasets
 import jax
@@ -40,8 +41,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from flax import nnx
+from PIL import Image
 from tqdm import tqdm
-from transformers import GPT2Config
+from transformers import GPT2Config, ResNetConfig
 
 HERE = Path(__file__).parent
 JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
@@ -53,6 +55,8 @@ TINY |= dict(batch_size=256, eval_every=6, log_every=1, sample_every=0, ckpt_eve
 def compilation_cache(tmp_path_factory):
     """Every process of the tests shares one compilation cache, and none touches the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"] + "/nanoflax")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -1328,3 +1332,641 @@ def test_same_command_same_losses():
     assert losses("a") == losses("b")
     gpt_train.main(gpt_train.Config(**TINY | dict(steps=4, out_dir="c", dropout=0.1, seed=1)))
     assert losses("c")[0]["loss"] != losses("a")[0]["loss"]
+
+
+# ---- resnet_stream.py: pictures ----
+
+RESNET = dict(width=8, steps=6, batch_size=32, warmup_steps=2, eval_every=3, log_every=1, ckpt_every=2)
+RESNET |= dict(shuffle_buffer=500, lr=0.02, label_smoothing=0.0, ema=0.0)
+
+
+def png(pixels, kind="png", **how):
+    """The bytes of a picture file; `pixels` is an array or an image."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file := io.BytesIO(), kind, **how)
+    return file.getvalue()
+
+
+def photograph(width=120, height=90):
+    """A smooth picture in which left is red, right is green and the bottom is blue."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([255 - x, x, y], axis=-1).astype(np.uint8)
+
+
+def write_folder(root, n=12, size=(48, 40)):
+    """An image folder of two classes, dark and light, with `n` pictures each."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("dark", "light")):
+        for j in range(n):
+            pixels = np.uint8(rng.integers(0, 90, (size[1], size[0], 3)) + 150 * i)
+            path = Path(root, name, f"{j}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(pixels))
+    return str(root)
+
+
+def test_odd_pictures_come_out_right():
+    true = Image.fromarray(photograph())
+    flat = Image.new("RGB", (40, 30), (200, 30, 60))
+    clear = flat.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.uint8(np.repeat([[255, 0]], 30, 0).repeat(20, 1))))
+    grey = np.asarray(true.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    turned = true.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen turned by 90 degrees clockwise
+    see = lambda data: np.asarray(resnet_stream.open_image(data)).astype(int)
+    near = lambda a, b, most: np.abs(np.asarray(a).astype(int) - b).max() <= most
+    assert near(true, see(png(true)), 0)
+    assert near(true, see(png(true, "jpeg", quality=95)), 12)
+    assert near(true, see(png(turned, "jpeg", quality=95, exif=exif)), 12)
+    assert near(true, see(png(turned, exif=exif)), 0)
+    assert near(true, see(png(true.convert("CMYK"), "jpeg", quality=95)), 12)
+    assert near(flat, see(png(flat.convert("P", palette=Image.Palette.ADAPTIVE))), 0)
+    assert near(flat, see(png(flat.convert("P", palette=Image.Palette.ADAPTIVE), "gif")), 0)
+    for mode in (true.convert("L"), deep):
+        assert near(np.repeat(grey[..., None], 3, -1), see(png(mode)), 1)
+    assert near(
+        np.repeat(grey[..., None] > 127, 3, -1) * 255,
+        see(png(true.convert("L").point(lambda v: 255 * (v > 127)).convert("1"))),
+        0,
+    )
+    both = see(png(clear))
+    assert (both[:, :20] == (200, 30, 60)).all() and (both[:, 20:] == 255).all(), "on white"
+    assert (see(png(clear.convert("LA")))[:, 20:] == 255).all()
+    palette = clear.quantize(4)
+    assert (see(png(palette))[:, 20:] == 255).all() and near(
+        flat.crop((0, 0, 20, 30)), see(png(palette))[:, :20], 8
+    )
+
+
+def test_crops_are_what_their_key_says():
+    data = png(photograph(640, 480), "jpeg", quality=95)
+    view = resnet_stream.View(64, 64)
+    for crop in ("pad", "resized"):
+        cfg = resnet_stream.Config(crop=crop, crop_pad=8, flip=True)
+        draw = lambda *key, cfg=cfg: resnet_stream.training_crop(data, cfg, view, key).astype(int)
+        assert (draw(0, 1, 2) == draw(0, 1, 2)).all() and draw(0, 1, 2).shape == (64, 64, 3)
+        assert all((draw(0, 1, 2) != draw(*key)).any() for key in ((0, 1, 3), (0, 2, 2), (1, 1, 2)))
+        mirrored = [draw(0, 0, i)[32, 20, 0] < draw(0, 0, i)[32, 43, 0] for i in range(200)]
+        assert 70 < sum(mirrored) < 130, "red is on the left"
+    boxes, cfg = [], resnet_stream.Config(crop="resized", crop_area=0.25)
+    for i in range(300):
+        rng = np.random.default_rng(i)
+        areas, shapes = rng.uniform(cfg.crop_area, 1, 10), np.exp(rng.uniform(-1, 1, 10) * math.log(4 / 3))
+        boxes.append(resnet_stream.random_box(640, 480, areas, shapes, rng.random(2)))
+    left, top, right, bottom = np.array(boxes).T
+    assert (left >= 0).all() and (top >= 0).all() and (right <= 640).all() and (bottom <= 480).all()
+    share, shape = (right - left) * (bottom - top) / (640 * 480), (right - left) / (bottom - top)
+    assert share.min() > 0.25 and share.max() < 1 and 0.5 < share.mean() < 0.65
+    assert shape.min() >= 0.75 - 1e-6 and shape.max() <= 4 / 3 + 1e-6
+    # a jpeg that comes at half its size gives nearly the same picture
+    big = png(photograph(1600, 1200), "jpeg", quality=95)
+    small, whole = (
+        resnet_stream.evaluation_crop(d, resnet_stream.View(56, 64)).astype(int) for d in (big, data)
+    )
+    assert np.abs(small - whole).max() < 8
+
+
+def test_evaluation_sees_what_transformers_image_processor_makes_of_the_export(tmp_path):
+    pytest.importorskip("torch")
+    from transformers import AutoImageProcessor
+
+    view = resnet_stream.View(56, 64, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    resnet_stream.save_pretrained(tiny_resnet(view=view), tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    for size in ((200, 150), (150, 200), (57, 80)):
+        data = png(photograph(*size))
+        theirs = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
+        ours = resnet_stream.normalise(resnet_stream.evaluation_crop(data, view), view)
+        assert np.abs(ours - theirs.transpose(1, 2, 0)).mean() < 0.02
+    assert resnet_stream.from_pretrained(str(tmp_path)).view == view
+
+
+def test_digits_are_all_there_and_no_picture_is_in_both_splits():
+    splits = resnet_stream.open_digits(0)
+    files = {name: [row["image"]["bytes"] for row in source] for name, source in splits.items()}
+    assert len(files["train"]) + len(files["validation"]) == 1797 and len(files["validation"]) == 359
+    assert len({*files["train"]} & {*files["validation"]}) == 0
+    again, other = resnet_stream.open_digits(0), resnet_stream.open_digits(1)
+    assert [row["image"]["bytes"] for row in again["validation"]] == files["validation"]
+    assert [row["image"]["bytes"] for row in other["validation"]] != files["validation"]
+
+
+def both_parts(sources, cfg, epoch=0):
+    """(training rows of an epoch, validation pictures) of [(source, every), ...]."""
+    view = resnet_stream.View(8, 8)
+    train = [row for s, n in sources for row in resnet_stream.training_images(s, cfg, view, 2, n, epoch)]
+    val = [
+        x
+        for images, labels in resnet_stream.validation_batches(sources, view, 2, 7)
+        for x in images[labels >= 0]
+    ]
+    return train, val
+
+
+def test_held_out_pictures_are_not_trained_on_and_all_others_are():
+    cfg = resnet_stream.Config(data=(write_folder("a", 40),), val_every=4, crop_pad=0, image_size=8)
+    train, val, classes = resnet_stream.open_sources(cfg)
+    assert classes == ["dark", "light"] and train[0][1] == val[0][1] == 4
+    seen, held = both_parts(train, cfg)
+    keys = lambda images: {np.asarray(image).tobytes() for image in images}
+    assert len(seen) + len(held) == 80 and 8 < len(held) < 32
+    assert not keys(held) & keys(row["image"] for row in seen)
+    again = both_parts(train, cfg, 1)[0]
+    assert keys(r["image"] for r in again) == keys(r["image"] for r in seen)
+    assert [r["image"].tobytes() for r in again] != [r["image"].tobytes() for r in seen], "another order"
+    assert sum(row["label"] for row in seen[: len(seen) // 2]) not in (0, len(seen) // 2), "classes are mixed"
+
+
+def test_corrupt_pictures_are_skipped_and_counted(capfd):
+    folder = write_folder("a", 30)
+    good = Path("a/dark/0.png").read_bytes()
+    bad = {"cut": good[:-900], "none": b"", "text": b"no picture", "bits": good[:60] + b"?" * 900}
+    for name, data in bad.items():
+        Path(f"a/light/{name}.png").write_bytes(data)
+    cfg = resnet_stream.Config(data=(folder,), val_every=2, shuffle_buffer=20)
+    train, _, _ = resnet_stream.open_sources(cfg)
+    seen, held = both_parts(train, cfg)
+    assert len(seen) + len(held) == 60
+    epoch = partial(resnet_stream.training_images, train[0][0], cfg, resnet_stream.View(8, 8), 2, 1)
+    *_, (_, position) = islice(common.batches([epoch], 30), 4)  # two epochs of 60
+    assert position["bad"] in (7, 8), "the last ones may stand behind the last good picture"
+    assert capfd.readouterr().err.count("data: skipped record") >= 8
+
+
+# ---- resnet_stream.py: the model against transformers' PyTorch ResNet ----
+
+
+def tiny_resnet(kind="bottleneck", stem="imagenet", classes=7, view=None, seed=0, dtype="float32", **how):
+    """A small ResNet with every parameter and statistic random."""
+    stages = dict(depths=[1, 2, 1, 1], hidden_sizes=[16, 16, 32, 32]) | how.pop("stages", {})
+    sizes = dict(embedding_size=8, layer_type=kind) | stages
+    names = resnet_stream.label_names([f"class {i}" for i in range(classes)])
+    config = ResNetConfig(**sizes, **names, stem=stem)
+    view = view or resnet_stream.View(32, 32)
+    model = resnet_stream.ResNet(config, view, dtype=dtype, rngs=nnx.Rngs(seed), **how)
+    rng = np.random.default_rng(seed)
+    for name, param in resnet_stream.checkpoint_names(model).items():
+        if param.ndim == 1:
+            positive = re.search(r"var$|bn\d\.weight|downsample\.1\.weight", name)
+            values = rng.uniform(0.5, 1.5, param.shape) if positive else 0.3 * rng.normal(size=param.shape)
+            param.set_value(jnp.asarray(values.astype(np.float32)))
+    return model
+
+
+def torch_resnet(folder, stem="imagenet"):
+    from transformers import AutoModelForImageClassification
+
+    own = dict(trust_remote_code=True) if stem == "cifar" else {}  # transformers has no such stem
+    return AutoModelForImageClassification.from_pretrained(folder, **own)
+
+
+def random_images(B=4, S=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (B, S, S, 3)).astype(np.uint8)
+
+
+def to_torch(images, view):
+    import torch
+
+    return torch.tensor(np.asarray(resnet_stream.normalise(images, view))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "kind, stem", [("basic", "imagenet"), ("bottleneck", "imagenet"), ("basic", "cifar")]
+)
+def test_logits_loss_gradients_and_statistics_equal_transformers(kind, stem, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, images, labels = tiny_resnet(kind, stem), random_images(), np.arange(4)
+    resnet_stream.save_pretrained(model, tmp_path / "model")
+    theirs, x = torch_resnet(tmp_path / "model", stem).eval(), resnet_stream.normalise(images, model.view)
+    assert theirs.config.id2label[3] == "class 3"
+    np.testing.assert_allclose(model(x), theirs(to_torch(images, model.view)).logits.detach(), atol=1e-4)
+    again = resnet_stream.from_pretrained(str(tmp_path / "model"))
+    np.testing.assert_array_equal(again(x), model(x))
+
+    theirs.train()
+    loss = torch.nn.functional.cross_entropy(
+        theirs(to_torch(images, model.view)).logits, torch.tensor(labels), label_smoothing=0.1
+    )
+    loss.backward()
+    model_def, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    def loss_fn(params):
+        model = nnx.merge(model_def, params, stats, copy=True)
+        nats = resnet_stream.cross_entropy(model(x, train=True), labels, 0.1)
+        return nats.mean(), nnx.state(model, nnx.BatchStat)
+
+    (ours, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    assert abs(ours - loss.item()) < 1e-5
+    wanted = {name: p.grad for name, p in theirs.named_parameters()}
+    wanted |= {name: b for name, b in theirs.named_buffers() if "num_batches" not in name}
+    found = resnet_stream.checkpoint_names(grads) | resnet_stream.checkpoint_names(stats)
+    assert {resnet_stream.transformers_name(name) for name in found} == set(wanted)
+    for name, value in found.items():
+        theirs = wanted[resnet_stream.transformers_name(name)].numpy()
+        value = resnet_stream.torch_layout(np.asarray(value[...]))
+        np.testing.assert_allclose(value, theirs, atol=2e-5, rtol=1e-3, err_msg=name)
+
+
+def sgd(model, cfg):
+    """(graphdef, state, step) to train `model`."""
+    schedule = resnet_stream.make_schedule(cfg)
+    graphdef, state = resnet_stream.make_state(model, cfg, schedule)
+    return graphdef, state, resnet_stream.make_train_step(graphdef, state, cfg, schedule)
+
+
+def test_ten_sgd_steps_equal_pytorch(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tiny_resnet()
+    resnet_stream.save_pretrained(model, tmp_path)
+    theirs = torch_resnet(tmp_path).train()
+    cfg = resnet_stream.Config(lr=2e-3, warmup_steps=3, steps=10, weight_decay=1.0, ema=0.0)
+    graphdef, state, step = sgd(model, cfg)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 1.0},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1, momentum=0.9, nesterov=True)
+    for i in range(10):
+        images, labels = random_images(8, seed=i), np.arange(8) % 7
+        state, metrics = step(state, images, labels, jax.random.key(i))
+        logits = theirs(to_torch(images, model.view)).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = float(metrics["lr"])
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=2e-5)
+    trained = resnet_stream.exported(graphdef, state)
+    for name, value in resnet_stream.checkpoint_names(trained).items():
+        wanted = theirs.state_dict()[resnet_stream.transformers_name(name)].numpy()
+        value = resnet_stream.torch_layout(np.asarray(value[...]))
+        np.testing.assert_allclose(value, wanted, atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def test_both_naming_schemes_load_and_another_number_of_classes_gets_a_new_head(capsys):
+    from safetensors.numpy import save_file
+
+    config = resnet_stream.resnet_config(18, 8, "imagenet", ["a", "b", "c"])
+    view = resnet_stream.View(56, 64, resample=3)
+    model = resnet_stream.ResNet(config, view, rngs=nnx.Rngs(0))
+    names = resnet_stream.checkpoint_names(model)
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.1.bias"} < set(
+        names
+    )
+    torchvision = {name: resnet_stream.torch_layout(np.asarray(p[...])) for name, p in names.items()}
+    resnet_stream.save_pretrained(model, "ours")
+    Path("named").mkdir()
+    save_file(torchvision, "named/model.safetensors")
+    for name in ("config.json", "preprocessor_config.json"):
+        Path("named", name).write_text(Path("ours", name).read_text())
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    named = resnet_stream.from_pretrained("named")
+    np.testing.assert_array_equal(named(x), model(x))
+    assert capsys.readouterr().out == "" and named.config.id2label == {0: "a", 1: "b", 2: "c"}
+    other = resnet_stream.from_pretrained("ours", classes=list("abcde"), size=112)
+    assert "new, for 5 classes; ours has 3" in capsys.readouterr().out
+    assert other(x).shape == (2, 5) and other.view == view._replace(size=112, short=128)
+    np.testing.assert_array_equal(other.layer4[1].conv2.kernel[...], model.layer4[1].conv2.kernel[...])
+
+
+def test_published_folders_are_read_as_they_are(capsys):
+    """The config.json and preprocessor_config.json of microsoft/resnet-50 and of timm/resnet18.a1_in1k."""
+    from safetensors.numpy import save_file
+
+    Path("hub").mkdir()
+    model = nnx.eval_shape(
+        lambda: resnet_stream.ResNet(
+            resnet_stream.resnet_config(18, 64, "imagenet", range(1000)), None, rngs=nnx.Rngs(0)
+        )
+    )
+    shapes = {
+        name: np.zeros(p.shape, np.float32) for name, p in resnet_stream.checkpoint_names(model).items()
+    }
+    save_file(
+        {name: resnet_stream.torch_layout(zero) for name, zero in shapes.items()}, "hub/model.safetensors"
+    )
+    timm = dict(architecture="resnet18", num_classes=1000, num_features=512)
+    seen = dict(
+        input_size=[3, 224, 224],
+        crop_pct=0.95,
+        interpolation="bicubic",
+        mean=[0.5, 0.5, 0.5],
+        std=[0.2, 0.2, 0.2],
+    )
+    Path("hub/config.json").write_text(json.dumps(timm | {"pretrained_cfg": seen}))
+    found = resnet_stream.from_pretrained("hub")
+    assert found.view == (224, 235, (0.5,) * 3, (0.2,) * 3, 3) and found.config.num_labels == 1000
+    Path("hub/config.json").write_text(json.dumps(timm | {"architecture": "resnet50d"}))
+    with pytest.raises(common.UsageError, match="architecture is resnet50d, expected resnet18, resnet34"):
+        resnet_stream.from_pretrained("hub")
+    theirs = dict(
+        crop_pct=0.875, do_resize=True, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+    theirs |= dict(feature_extractor_type="ConvNextFeatureExtractor", resample=3, size=224)
+    Path("hub/preprocessor_config.json").write_text(json.dumps(theirs))
+    config = dict(
+        model_type="resnet", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic"
+    )
+    Path("hub/config.json").write_text(json.dumps(config | dict(downsample_in_bottleneck=True)))
+    with pytest.raises(common.UsageError, match="downsample_in_bottleneck is True, only False is supported"):
+        resnet_stream.from_pretrained("hub")
+    config |= dict(id2label={str(i): str(i) for i in range(1000)})
+    Path("hub/config.json").write_text(json.dumps(config))
+    assert resnet_stream.from_pretrained("hub").view == resnet_stream.View(224, 256, resample=3)
+
+
+# ---- resnet_stream.py: the model by itself ----
+
+
+@pytest.mark.parametrize(
+    "depth, millions", [(18, 11.69), (34, 21.80), (50, 25.56), (101, 44.55), (152, 60.19)]
+)
+def test_every_depth_has_the_published_number_of_parameters(depth, millions):
+    config = resnet_stream.resnet_config(depth, 64, "imagenet", range(1000))
+    model = nnx.eval_shape(lambda: resnet_stream.ResNet(config, None, rngs=nnx.Rngs(0)))
+    count = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert round(count / 1e6, 2) == millions
+
+
+def test_new_resnet_starts_as_published():
+    config = resnet_stream.resnet_config(50, 16, "imagenet", range(10))
+    model = resnet_stream.ResNet(config, None, rngs=nnx.Rngs(0))
+    std = lambda p: float(np.std(p[...]))
+    assert std(model.layer3[2].conv2.kernel) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.05)
+    assert std(model.layer2[0].downsample[0].kernel) == pytest.approx(math.sqrt(2 / 128), rel=0.05)
+    assert not model.layer1[0].bn3.scale[...].any() and (model.layer1[0].bn2.scale[...] == 1).all()
+    block, x = model.layer1[1], jax.random.uniform(jax.random.key(0), (2, 8, 8, 64))
+    np.testing.assert_array_equal(block(x, False), x)  # the identity, but for the relu
+    assert model.layer2[0].conv2.strides == 2 and model.layer2[0].conv1.strides == 1
+    assert np.abs(model.fc.kernel[...]).max() <= 1 / math.sqrt(512)
+
+
+def test_bfloat16_resnet_has_float32_parameters_statistics_and_logits():
+    half, x = tiny_resnet(dtype="bfloat16"), np.random.default_rng(0).normal(size=(4, 64, 64, 3))
+    logits = half(x, train=True)
+    assert logits.dtype == jnp.float32
+    assert half.bn1(half.conv1(x.astype(jnp.bfloat16)), False).dtype == jnp.bfloat16
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    full = tiny_resnet()
+    np.testing.assert_allclose(logits, full(x, train=True), atol=0.3)
+    np.testing.assert_allclose(half.layer1[0].bn1.var[...], full.layer1[0].bn1.var[...], rtol=0.02)
+
+
+def test_remat_accumulation_mixup_and_ema():
+    small = partial(tiny_resnet, stages=dict(depths=[1, 1], hidden_sizes=[16, 32]))
+    cfg = resnet_stream.Config(steps=10, warmup_steps=0, weight_decay=0.0, ema=0.0, label_smoothing=0.0)
+    images, labels, start = random_images(4, 32), np.arange(4), small()
+
+    def stepper(how=None, **changes):
+        """(images, labels, seed) -> ((model, optimizer, ...), metrics) after a step from the same start."""
+        graphdef, state, step = sgd(small(**how or {}), dataclasses.replace(cfg, **changes))
+
+        def run(images, labels, seed=0):
+            after, metrics = step(jax.tree.map(jnp.copy, state), images, labels, jax.random.key(seed))
+            return nnx.merge(graphdef, after), {name: float(value) for name, value in metrics.items()}
+
+        return run
+
+    plain, mixed = stepper(), stepper(mixup=0.4)
+    (model, _), whole = plain(images, labels)
+    # two equal microbatches are one of them; the statistics move twice
+    (parts, _), metrics = stepper(dict(remat=True), accum=2)(
+        np.repeat(images, 2, axis=0), np.repeat(labels, 2)
+    )
+    assert metrics == pytest.approx(whole, rel=1e-4)
+    np.testing.assert_allclose(parts.fc.kernel[...], model.fc.kernel[...], atol=1e-5)
+    for name in ("mean", "var"):
+        first, once, twice = (getattr(m.layer2[0].bn2, name)[...] for m in (start, model, parts))
+        np.testing.assert_allclose(twice - first, 1.9 * (once - first), rtol=1e-3, atol=1e-5)
+
+    # where each picture stands opposite to itself mixup does nothing; else it mixes two losses
+    same = np.concatenate([images[:2], images[1::-1]]), np.array([0, 1, 1, 0])
+    assert mixed(*same)[1]["loss"] == pytest.approx(plain(*same)[1]["loss"], rel=1e-5)
+    found = [mixed(images, labels, seed)[1]["loss"] for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2] and found[0] != whole["loss"]
+
+    (model, _, mean), _ = stepper(ema=0.05)(images, labels)
+    for get in (lambda m: m.fc.kernel[...], lambda m: m.bn1.var[...]):
+        np.testing.assert_allclose(get(mean), 0.05 * get(start) + 0.95 * get(model), atol=1e-6)
+
+
+def test_dropout_is_for_training_with_a_key():
+    model, x = tiny_resnet(dropout=0.5), np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+    np.testing.assert_array_equal(model(x), tiny_resnet()(x))
+    assert np.any(model(x, key=jax.random.key(0)) != model(x, key=jax.random.key(1)))
+
+
+# ---- resnet_stream.py: evaluation ----
+
+
+def test_evaluation_counts_every_picture_once_whatever_the_batch_size():
+    val = resnet_stream.open_digits(0)["validation"]
+    model = tiny_resnet(stem="cifar", classes=10, view=resnet_stream.View(8, 8))
+    graphdef, state = nnx.split((model, None))
+    step = resnet_stream.make_eval_step(graphdef)
+    batches = lambda size: resnet_stream.validation_batches([(val, 1)], model.view, 10, size)
+    images, labels = (np.concatenate(x) for x in zip(*batches(50)))
+    images, labels = images[labels >= 0], labels[labels >= 0]
+    assert len(labels) == 359
+    logits = np.asarray(model(resnet_stream.normalise(images, model.view)))
+    order = np.argsort(-logits, axis=1)
+    top1, top5 = (order[:, 0] == labels).mean(), (order[:, :5] == labels[:, None]).any(axis=1).mean()
+    assert top1 < top5 < 1
+    for size in (7, 64, 359, 1000):
+        found, shown = resnet_stream.evaluate(step, state, batches(size), jnp.asarray)
+        assert found["val_top1"] == pytest.approx(top1) and found["val_top5"] == pytest.approx(top5)
+        assert found["val_loss"] == pytest.approx(
+            float(resnet_stream.cross_entropy(logits, labels).mean()), rel=1e-5
+        )
+        assert 32 <= len(shown) <= 64 and all(
+            guess == order[images_index(images, image)][0] for image, _, guess in shown[:5]
+        )
+
+
+def images_index(images, image):
+    return next(i for i in range(len(images)) if (images[i] == image).all())
+
+
+# ---- resnet_stream.py: runs ----
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A short run with everything on, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    changes = dict(ema=0.9, mixup=0.2, label_smoothing=0.1, dropout=0.1, flip=True, out_dir=str(folder))
+    last = resnet_stream.main(resnet_stream.Config(**RESNET | changes))
+    return folder, last, RESNET | changes
+
+
+def test_resnet_run_leaves_a_model_folder_that_pytorch_loads(digits_run, monkeypatch, tmp_path):
+    folder, last, _ = digits_run
+    files = "ckpt config.json curves.png metrics.jsonl model.safetensors modeling_cifar_resnet.py"
+    files += " predictions.png preprocessor_config.json run.json"
+    assert {*files.split()} <= {path.name for path in folder.iterdir()}
+    assert (
+        lines(folder)[-1] == last
+        and last["images"] == 6 * 32
+        and 0 <= last["val_top1"] <= last["val_top5"] <= 1
+    )
+    assert Image.open(folder / "predictions.png").size == (1200, 700)
+    assert [line["step"] for line in lines(folder) if "val_loss" in line] == [3, 6]
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    theirs, model = torch_resnet(folder, "cifar").eval(), resnet_stream.from_pretrained(str(folder))
+    x = random_images(3, 8)
+    with torch.no_grad():
+        wanted = theirs(to_torch(x, model.view)).logits
+    np.testing.assert_allclose(model(resnet_stream.normalise(x, model.view)), wanted, atol=1e-4)
+    assert theirs.config.id2label[9] == "9"
+
+
+def test_resnet_is_evaluated_predicts_and_is_fine_tuned(digits_run, capsys):
+    folder, last, _ = digits_run
+    again = resnet_stream.main(resnet_stream.Config(steps=0, init_from=str(folder), batch_size=50))
+    assert again["val_top1"] == last["val_top1"] and again["val_loss"] == pytest.approx(
+        last["val_loss"], rel=1e-4
+    )
+    row = next(iter(resnet_stream.open_digits(0)["validation"]))
+    Path("a.png").write_bytes(row["image"]["bytes"])
+    Path("b.jpg").write_bytes(png(photograph(), "jpeg"))
+    capsys.readouterr()
+    resnet_stream.main(resnet_stream.Config(steps=0, init_from=str(folder), predict=("a.png", "b.jpg")))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 12 and said[0] == "a.png" and said[6] == "b.jpg"
+    percent = [float(line.split("%")[0]) for line in said[1:6]]
+    assert percent == sorted(percent, reverse=True) and 50 < sum(percent) <= 100
+    model = resnet_stream.from_pretrained(str(folder))
+    image = resnet_stream.evaluation_crop(row["image"]["bytes"], model.view)
+    best = int(np.argmax(model(resnet_stream.normalise(image[None], model.view))))
+    assert said[1].split()[-1] == str(best)
+    changes = dict(data=(write_folder("pictures"),), init_from=str(folder), steps=2, out_dir="tuned")
+    resnet_stream.main(resnet_stream.Config(**RESNET | changes))
+    assert "new, for 2 classes" in capsys.readouterr().out
+    tuned = resnet_stream.from_pretrained("tuned")
+    assert tuned.config.id2label == {0: "dark", 1: "light"} and tuned.view.size == 8
+
+
+def resnet_losses(folder):
+    exact = ("step", "loss", "lr", "grad_norm", "images", "val_loss", "val_top1", "val_top5")
+    return [{name: line[name] for name in exact if name in line} for line in lines(folder)]
+
+
+def test_kill_9_and_resume_of_a_resnet_changes_nothing(digits_run):
+    whole, _, changes = digits_run
+    process = launch("resnet_stream.py", *flags(**changes | dict(out_dir="killed")))
+    wait_for_step(process, "killed", 3)
+    process.kill()
+    process.wait()
+    code, _, err = run("resnet_stream.py", *flags(resume=True, out_dir="killed"))
+    assert code == 0, err
+    assert resnet_losses("killed") == resnet_losses(whole) and len(lines(whole)) == 6
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in (whole, "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_eight_devices_normalise_over_the_whole_batch():
+    resnet_stream.main(resnet_stream.Config(**RESNET | dict(steps=3, out_dir="one")))
+    eight = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    args = flags(**RESNET | dict(steps=3, fsdp=True, out_dir="eight"))
+    code, out, err = run("resnet_stream.py", *args, **eight)
+    assert code == 0, err
+    assert "8 x cpu" in out
+    for name in ("loss", "grad_norm", "val_loss"):
+        a, b = ([line[name] for line in lines(folder) if name in line] for folder in ("one", "eight"))
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+    again = resnet_stream.main(resnet_stream.Config(steps=0, init_from="eight", batch_size=100))
+    assert again["val_top1"] == lines("eight")[-1]["val_top1"]
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "imagenet"])
+def test_every_resnet_preset_trains_on_pictures_from_parquet(preset):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"img": {"bytes": png(rng.integers(0, 256, (40, 40, 3)).astype(np.uint8))}, "label": i % 3}
+        for i in range(24)
+    ]
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["x", "y", "z"]))
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows).cast(features).to_parquet(f"pictures/{split}.parquet")
+    small = dict(preset=preset, **resnet_stream.PRESETS[preset]) | dict(width=8, depth=18, dtype="float32")
+    small |= dict(data=("pictures",), image_size=32, batch_size=8, steps=2, out_dir="a")
+    last = resnet_stream.main(resnet_stream.Config(**small))
+    assert last["step"] == 2 and "val_top5" in last
+    assert json.loads(Path("a/config.json").read_text())["id2label"] == {"0": "x", "1": "y", "2": "z"}
+
+
+RESNET_BAD = {
+    "depth": (["--depth", "20"], "--depth 20: expected 18, 34, 50, 101, 152"),
+    "small for cifar": (["--image-size", "4"], "--image-size 4: too small, the cifar stem"),
+    "small for imagenet": (
+        ["--stem", "imagenet"],
+        "--image-size 8: too small, the imagenet stem*divide it by 32",
+    ),
+    "too few classes": (["--num-classes", "5"], "--num-classes 5: digits has 10 classes"),
+    "labels beyond": (
+        ["--data", "bare.parquet", "--num-classes", "2"],
+        "--num-classes 2: bare.parquet has a label 2",
+    ),
+    "no names": (
+        ["--data", "bare.parquet"],
+        "--num-classes: is needed, for bare.parquet does not name its classes",
+    ),
+    "no image column": (["--data", "rows.jsonl"], "no image column among id, title"),
+    "no label column": (
+        ["--data", "bare.parquet", "--label-column", "class"],
+        "no label column class among image, label",
+    ),
+    "no classes": (["--data", "flat"], "in no class folder; expected CLASS/"),
+    "no such file": (
+        ["--steps", "0", "--init-from", "model", "--predict", "no.jpg"],
+        "--predict no.jpg: no such file",
+    ),
+    "no picture": (
+        ["--steps", "0", "--init-from", "model", "--predict", "rows.jsonl"],
+        "--predict rows.jsonl: not an image",
+    ),
+    "predict while training": (["--predict", "a.jpg"], "--predict: needs --steps 0"),
+    "other model": (["--init-from", "gpt"], "--init-from gpt: a gpt2 model, expected resnet"),
+    "other depth": (["--init-from", "model", "--depth", "50"], "--depth 50: model has 18"),
+    "classes of the model": (
+        ["--steps", "0", "--init-from", "model"],
+        "--init-from model: has 3 classes, digits 10",
+    ),
+    "crop area": (["--crop-area", "0"], "--crop-area 0.0: must be in (0, 1]"),
+    "ema": (["--ema", "1"], "--ema 1.0: must be in [0, 1)"),
+    "batch": (["--batch-size", "10", "--accum", "4"], "--batch-size 10: must be a multiple of 4"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    rows = [{"image": {"bytes": png(np.zeros((8, 8, 3), np.uint8))}, "label": i % 3} for i in range(9)]
+    datasets.Dataset.from_list(rows).cast(features).to_parquet(folder / "bare.parquet")
+    (folder / "rows.jsonl").write_text('{"id": 1, "title": "a"}\n' * 30)
+    (folder / "flat").mkdir()
+    (folder / "flat/a.png").write_bytes(rows[0]["image"]["bytes"])
+    config = resnet_stream.resnet_config(18, 8, "cifar", ["a", "b", "c"])
+    model = resnet_stream.ResNet(config, resnet_stream.View(8, 8), rngs=nnx.Rngs(0))
+    resnet_stream.save_pretrained(model, folder / "model")
+    gpt_train.save_pretrained(tiny_model(), folder / "gpt")
+    return folder
+
+
+@pytest.mark.parametrize("case", RESNET_BAD)
+def test_bad_input_of_a_resnet_is_one_line_and_exit_code_2(case, bad_folder, monkeypatch, capsys):
+    monkeypatch.chdir(bad_folder)
+    before = sorted(path for path in Path(".").rglob("*"))
+    args, message = RESNET_BAD[case]
+    code, err = typed(monkeypatch, capsys, resnet_stream, "--steps", "1", *args)
+    assert code == 2
+    head, _, tail = message.partition("*")
+    assert head in err and tail in err and len(err.strip().splitlines()) == 1
+    assert sorted(path for path in Path(".").rglob("*")) == before
