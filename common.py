@@ -44,7 +44,8 @@ def tune_malloc():
 
 
 # one of our scripts is the program: only then touch the process, and before jax starts its threads
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in ("gpt_train", "resnet_stream"):
+SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
+if SCRIPT in ("gpt_train", "bert_mlm", "resnet_stream"):
     tune_malloc()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
@@ -718,13 +719,14 @@ def snapshot(path, option, patterns):
         raise UsageError(f"{option} {path}: no such folder, nor on the hub: {first_line(error)}") from error
 
 
-def read_config(kind, folder, path):
-    """The transformers config of class `kind` in `folder`; UsageError where there is none, or another."""
+def read_config(kinds, folder, path):
+    """The transformers config in `folder`, of one of the classes `kinds`; UsageError where there is none."""
     file = folder / "config.json"
     expect(file.exists(), f"--init-from {path}: no config.json in it")
     found = json.loads(file.read_text()).get("model_type")
-    expect(found == kind.model_type, f"--init-from {path}: a {found} model, expected {kind.model_type}")
-    return kind.from_pretrained(folder)
+    known = {kind.model_type: kind for kind in kinds}
+    expect(found in known, f"--init-from {path}: a {found} model, expected {' or '.join(known)}")
+    return known[found].from_pretrained(folder)
 
 
 def read_weights(folder, path):
@@ -950,7 +952,7 @@ class Run:
             self.timed += mark - self.mark
         self.mark = mark
         rate, metrics = steps * self.per_step / seconds, dict(fetched)[self.due]
-        line = {"step": self.due} | {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
+        line = {"step": self.due} | {name: float(value) for name, value in metrics.items()}
         line |= {self.unit: self.due * self.per_step, f"{self.unit}_per_s": rate}
         line |= {"mfu": rate * self.flops / self.peak if self.peak else None, "data_wait": waited / seconds}
         line |= {"bad_records": self.bad}

@@ -295,7 +295,7 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
     """
     files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     folder = common.snapshot(path, "--init-from", files)
-    config = common.read_config(GPT2Config, folder, path)
+    config = common.read_config((GPT2Config,), folder, path)
     config.update(overrides)
     fixed = dict(activation_function="gelu_new", tie_word_embeddings=True)
     for name, value in (fixed | dict(scale_attn_by_inverse_layer_idx=False)).items():

@@ -492,7 +492,7 @@ def read_model(folder, path):
         seen = dict(size=size, crop_pct=cfg.get("crop_pct", 0.875), resample=resample)
         seen |= dict(image_mean=cfg.get("mean"), image_std=cfg.get("std"))
     else:
-        config = common.read_config(ResNetConfig, folder, path)
+        config = common.read_config((ResNetConfig,), folder, path)
     fixed = dict(hidden_act="relu", num_channels=3, downsample_in_first_stage=False)
     for name, value in (fixed | dict(downsample_in_bottleneck=False)).items():
         found = getattr(config, name)

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -22,11 +23,12 @@ import sysconfig
 import tarfile
 import threading
 import time
-from functools import partial
+from functools import cache, partial
 from itertools import islice, repeat
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import bert_mlm
 import common
 import gpt_train
 import resnet_stream
@@ -35,15 +37,16 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import zstandard
 from flax import nnx
 from PIL import Image
 from tqdm import tqdm
-from transformers import GPT2Config, ResNetConfig
+from transformers import BertConfig, GPT2Config, MegatronBertConfig, PreTrainedTokenizerFast, ResNetConfig
 
 HERE = Path(__file__).parent
 JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
@@ -268,7 +271,7 @@ def pictures():
     for i in range(6):
         file = io.BytesIO()
         pixels = np.random.default_rng(i).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
         found.add((i % 2, file.getvalue()))
     return found
 
@@ -1332,6 +1335,846 @@ def test_same_command_same_losses():
     assert losses("a") == losses("b")
     gpt_train.main(gpt_train.Config(**TINY | dict(steps=4, out_dir="c", dropout=0.1, seed=1)))
     assert losses("c")[0]["loss"] != losses("a")[0]["loss"]
+
+
+# ---- bert_mlm.py: the model against transformers' PyTorch BERT ----
+
+BERT = dict(data=(JSON,), val_docs=1, tokenizer="bpe:300", seq_len=32, n_layer=2, n_head=2, n_embd=32)
+BERT |= dict(steps=12, batch_size=128, optimizer="adamw", lr=1e-2, warmup_steps=2, eval_every=6, log_every=1)
+BERT |= dict(ckpt_every=3)
+CLASSIFY = BERT | dict(task="classify", val_docs=None, batch_size=16, steps=60, eval_every=30, ckpt_every=20)
+
+
+def tiny_bert(seed=0, pre_norm=False, head="mlm", dtype="float32", remat=False, **changes):
+    """A small BERT with every parameter random, biases and norms too."""
+    sizes = dict(vocab_size=199, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(intermediate_size=96, max_position_embeddings=48, num_labels=3)
+    sizes |= dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    config = (MegatronBertConfig if pre_norm else BertConfig)(**sizes | changes)
+    model = bert_mlm.BERT(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for param in jax.tree.leaves(nnx.state(model), is_leaf=lambda p: isinstance(p, nnx.Param)):
+        param.set_value(param[...] + 0.1 * rng.normal(size=param.shape).astype(np.float32))
+    return model
+
+
+def padded(B, T, seed=0, V=199):
+    """Tokens (B, T) of rows of unequal length, their lengths, and token types."""
+    rng = np.random.default_rng(seed)
+    lengths = np.concatenate([[T], rng.integers(2, T, B - 1)]).astype(np.int32)
+    tokens = np.where(np.arange(T) < lengths[:, None], rng.integers(1, V, (B, T)), 0).astype(np.int32)
+    return tokens, lengths, (np.arange(T) > lengths[:, None] // 2).astype(np.int32)
+
+
+def mlm_batch(B=4, T=33, seed=0):
+    """A batch as the training step sees it after masking, with rows of unequal length and weight."""
+    tokens, lengths, _ = padded(B, T, seed)
+    return masker(199, 5, ())(jax.random.key(seed), tokens) | dict(lengths=lengths)
+
+
+def torch_mlm(theirs, batch):
+    """Loss of transformers' model on the same masked batch: labels are -100 where nothing is asked."""
+    import torch
+
+    tokens = np.asarray(batch["tokens"])
+    labels = np.full(tokens.shape, -100)
+    for row, (at, targets, weights) in enumerate(
+        zip(*(np.asarray(batch[k]) for k in ("positions", "targets", "weights")))
+    ):
+        labels[row, at[weights > 0]] = targets[weights > 0]
+    mask = np.arange(tokens.shape[1]) < np.asarray(batch["lengths"])[:, None]
+    inputs = dict(input_ids=tokens, attention_mask=mask, labels=labels)
+    return theirs(**{k: torch.tensor(x).long() for k, x in inputs.items()}).loss
+
+
+@pytest.fixture(params=[False, True], ids=["post-norm", "pre-norm"])
+def berts(request, tmp_path):
+    """Our BERT, and the one that transformers loads from our export; pre-norm is Megatron's there."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForMaskedLM
+
+    model = tiny_bert(pre_norm=request.param)
+    bert_mlm.save_pretrained(model, tmp_path / "model")
+    theirs, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model, theirs.eval()
+
+
+def test_bert_logits_with_padding_and_token_types_equal_transformers(berts):
+    import torch
+
+    model, theirs = berts
+    tokens, lengths, types = padded(5, 33)
+    mask = np.arange(33) < lengths[:, None]
+    inputs = dict(input_ids=tokens, attention_mask=mask, token_type_ids=types)
+    wanted = theirs(**{k: torch.tensor(x).long() for k, x in inputs.items()}).logits.detach().numpy()
+    logits = model.mlm_logits(model(tokens, mask, types))
+    np.testing.assert_allclose(np.asarray(logits)[mask], wanted[mask], atol=1e-4)
+    bare = theirs(torch.tensor(tokens).long()).logits.detach()
+    np.testing.assert_allclose(model.mlm_logits(model(tokens)), bare, atol=1e-4)
+
+
+def test_bert_masked_loss_and_gradients_equal_transformers(berts):
+    model, theirs = berts
+    batch = mlm_batch()
+    loss = torch_mlm(theirs, batch)
+    loss.backward()
+
+    def loss_fn(model):
+        return bert_mlm.loss_sum(model, batch)[0] / jnp.sum(batch["weights"])
+
+    ours, grads = nnx.jit(nnx.value_and_grad(loss_fn))(model)
+    assert abs(ours - loss.item()) < 1e-5
+    wanted = dict(theirs.named_parameters())
+    grads = bert_mlm.checkpoint_names(grads)
+    assert set(grads) == set(wanted) - {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    for name, grad in grads.items():
+        grad, theirs = np.asarray(grad[...]), wanted[name].grad.numpy()
+        grad = grad.T if bert_mlm.is_kernel(name) else grad
+        np.testing.assert_allclose(grad[: len(theirs)], theirs, atol=2e-5, err_msg=name)
+        assert not np.any(grad[len(theirs) :]), "the padding of the vocabulary learns nothing"
+
+
+def bert_step(cfg, batch, model, schedule, prepare=lambda key, batch: batch):
+    graphdef, state = nnx.split(
+        (model, nnx.Optimizer(model, bert_mlm.make_optimizer(cfg, schedule), wrt=nnx.Param))
+    )
+    return graphdef, state, bert_mlm.make_train_step(graphdef, state, cfg.accum, schedule, prepare)
+
+
+def test_ten_bert_optimizer_steps_equal_pytorch_adamw(berts):
+    import torch
+
+    model, theirs = berts
+    changes = dict(lr=1e-2, warmup_steps=3, steps=10, accum=2, grad_clip=0.5, weight_decay=0.1)
+    cfg = bert_mlm.Config(optimizer="adamw", **changes)
+    schedule = bert_mlm.make_schedule(cfg)
+    graphdef, state, step = bert_step(cfg, None, model, schedule)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    for i in range(10):
+        batch = mlm_batch(seed=i)
+        state, metrics = step(state, batch, jax.random.key(i))
+        loss = torch_mlm(theirs, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(i))
+        optimizer.step()
+        assert abs(metrics["loss"] - loss.item()) < 1e-4
+        assert abs(metrics["grad_norm"] - norm.item()) < 1e-3
+    tokens = padded(2, 20)[0]
+    model, logits = nnx.merge(graphdef, state)[0], theirs(torch.tensor(tokens).long()).logits.detach()
+    np.testing.assert_allclose(model.mlm_logits(model(tokens)), logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_bert_classifier_export_has_the_same_logits_in_pytorch(pre_norm):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification
+
+    model = tiny_bert(pre_norm=pre_norm, head="classify")
+    bert_mlm.save_pretrained(model, "model")
+    theirs, info = AutoModelForSequenceClassification.from_pretrained("model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens, lengths, _ = padded(5, 33)
+    mask = np.arange(33) < lengths[:, None]
+    wanted = theirs.eval()(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits
+    np.testing.assert_allclose(model.class_logits(model(tokens, mask)), wanted.detach(), atol=1e-4)
+    again = bert_mlm.from_pretrained("model")
+    np.testing.assert_array_equal(again.class_logits(again(tokens)), model.class_logits(model(tokens)))
+
+
+def test_bert_published_names_old_and_new_load():
+    from safetensors.numpy import load_file, save_file
+
+    model, tokens = tiny_bert(), padded(3, 20)[0]
+    bert_mlm.save_pretrained(model, "model")
+    weights = load_file("model/model.safetensors")
+    assert weights["bert.encoder.layer.1.attention.self.query.bias"].shape == (48,)
+    assert weights["bert.encoder.layer.1.intermediate.dense.weight"].shape == (96, 48), "(out, in)"
+    encoder = {name: w for name, w in weights.items() if name.startswith("bert.")}
+    extra = {"bert.embeddings.position_ids": np.arange(48)[None], "bert.pooler.dense.bias": np.ones(48)}
+    new, old = [(".weight", ".gamma"), (".bias", ".beta")], "LayerNorm"
+    rename = lambda n: n.replace(*new[0]).replace(*new[1]) if old in n else n
+    files = {
+        "google's": {rename(n): w for n, w in (weights | extra).items()},
+        "without a head": encoder | extra,
+        "without a prefix": {n.removeprefix("bert."): w for n, w in (encoder | extra).items()},
+    }
+    for case, names in files.items():
+        save_file(names, "model/model.safetensors")
+        found = bert_mlm.from_pretrained("model")
+        assert found.head == ("mlm" if case == "google's" else None)
+        np.testing.assert_array_equal(found(tokens), model(tokens), err_msg=case)
+    with pytest.raises(common.UsageError, match=r"has no cls.predictions.bias, .*for --task mlm"):
+        bert_mlm.from_pretrained("model", head="mlm")
+    anew = [bert_mlm.from_pretrained("model", head="mlm", new_head=True, seed=s) for s in (0, 0, 1)]
+    np.testing.assert_array_equal(anew[0](tokens), model(tokens))
+    logits = [m.mlm_logits(m(tokens)) for m in anew]
+    assert np.all(logits[0] == logits[1]) and np.any(logits[0] != logits[2])
+
+
+def test_bert_attention_with_dropout_is_the_fused_one_where_all_weights_are_kept():
+    tokens, lengths, _ = padded(3, 20)
+    mask = np.arange(20) < lengths[:, None]
+    nearly, key = tiny_bert(attention_probs_dropout_prob=1e-9), jax.random.key(0)
+    np.testing.assert_allclose(nearly(tokens, mask, key=key)[mask], nearly(tokens, mask)[mask], atol=1e-5)
+    model = tiny_bert(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    np.testing.assert_array_equal(model(tokens, mask, key=key), model(tokens, mask, key=key))
+    assert np.any(model(tokens, mask, key=key) != model(tokens, mask))
+    assert np.any(model(tokens, mask, key=key) != model(tokens, mask, key=jax.random.key(1)))
+
+
+def test_bert_remat_changes_no_gradient_and_bfloat16_stays_near():
+    batch = mlm_batch()
+    loss = lambda m: bert_mlm.loss_sum(m, batch, jax.random.key(0))[0]
+    grads = [
+        nnx.jit(nnx.grad(loss))(tiny_bert(hidden_dropout_prob=0.1, remat=remat)) for remat in (False, True)
+    ]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *grads)
+    half, tokens = tiny_bert(dtype="bfloat16"), padded(2, 20)[0]
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    assert half(tokens).dtype == jnp.bfloat16 and half.mlm_logits(half(tokens)).dtype == jnp.float32
+    np.testing.assert_allclose(half(tokens).astype(np.float32), tiny_bert()(tokens), atol=0.15)
+
+
+# ---- bert_mlm.py: masking ----
+
+
+def masking(B=512, T=64, V=200, seed=0, special=10, **how):
+    """(tokens, rules, what mask_tokens makes of them): specials at the ends, in the middle, and padding."""
+    rng = np.random.default_rng(seed)
+    lengths = np.concatenate([[T, 3, 2], rng.integers(2, T + 1, B - 3)])
+    tokens = rng.integers(special, V, (B, T)).astype(np.int32)
+    tokens[rng.random((B, T)) < 0.02] = 3
+    tokens[:, 0], tokens[np.arange(B), lengths - 1] = 2, 3
+    tokens[np.arange(T) >= lengths[:, None]] = 0
+    rules = mask_rules(V, special)
+    how = tuple(how.items())
+    mask = masker(V, special, how)
+    return tokens, rules, {name: np.asarray(x) for name, x in mask(jax.random.key(seed), tokens).items()}
+
+
+@cache
+def masker(V, special, how):
+    return jax.jit(partial(bert_mlm.mask_tokens, rules=mask_rules(V, special), **dict(how)))
+
+
+def mask_rules(V=199, special=5):
+    """Of a vocabulary whose first ids are special, and where every third id goes on with a word."""
+    ids = np.arange(V)
+    begins = (ids < special) | (ids % 3 > 0)
+    return dict(special=ids < special, begins=begins, ends=ids < special, ordinary=ids[special:], mask=4)
+
+
+def masked_places(tokens, out):
+    places = np.zeros(tokens.shape, bool)
+    rows, at = np.nonzero(out["weights"])
+    places[rows, out["positions"][rows, at]] = True
+    assert places.sum() == out["weights"].sum(), "no position twice"
+    return places
+
+
+def words_of(tokens, rules):
+    """Word numbers, written plainly: a token belongs to the word before it unless it begins one."""
+    words = np.zeros(tokens.shape, int)
+    for row, ids in enumerate(tokens):
+        for t, token in enumerate(ids):
+            new = t == 0 or rules["begins"][token] or rules["ends"][ids[t - 1]]
+            words[row, t] = words[row, t - 1] + new if t else 0
+    return words
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3])
+def test_masking_hides_an_exact_count_of_ordinary_tokens_and_tells_the_truth(share):
+    for seed in range(4):
+        tokens, rules, out = masking(seed=seed, share=share)
+        places, real = masked_places(tokens, out), ~rules["special"][tokens]
+        assert not np.any(places & ~real), "never [CLS], [SEP] or [PAD]"
+        n = real.sum(1)
+        wanted = np.where(n, np.maximum(1, np.floor(share * n + 0.5)), 0)
+        np.testing.assert_array_equal(places.sum(1), wanted)
+        assert out["positions"].shape == (512, math.floor(share * 64 + 0.5))
+        np.testing.assert_array_equal(out["targets"], np.take_along_axis(tokens, out["positions"], 1))
+        assert np.all(out["tokens"][~places] == tokens[~places]), "nothing else changes"
+
+
+def test_masking_is_80_10_10_and_even_over_positions_and_draws():
+    places, new, old = [], [], []
+    for seed in range(15):
+        tokens, rules, out = masking(seed=7 * seed)
+        places.append(masked_places(tokens, out))
+        new.append(out["tokens"][places[-1]])
+        old.append(tokens[places[-1]])
+    new, old = np.concatenate(new), np.concatenate(old)
+    n = len(new)
+    masked, kept = np.mean(new == 4), np.mean(new == old)
+    assert n > 30_000
+    assert abs(masked - 0.8) < 0.01 and abs(kept - 0.1 - 0.1 / 190) < 0.01
+    random = new[(new != 4) & (new != old)]
+    assert random.min() >= 10, "no special token is put in"
+    counts, mean = np.bincount(random, minlength=200)[10:], len(random) / 190
+    assert 110 < np.sum((counts - mean) ** 2) / mean < 280, "any ordinary token (chi-square of 189)"
+    # a full row of its own: each position equally often
+    tokens = np.full((4000, 22), 50, np.int32)
+    tokens[:, 0], tokens[:, -1] = 2, 3
+    out = bert_mlm.mask_tokens(jax.random.key(0), tokens, rules)
+    share = masked_places(tokens, out).mean(0)
+    assert share[0] == share[-1] == 0 and np.all(np.abs(share[1:-1] - 3 / 20) < 0.025)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4])
+def test_whole_words_are_whole_and_the_count_exact_while_one_token_words_last(share):
+    short = 0
+    for seed in range(3):
+        tokens, rules, out = masking(seed=seed, share=share, whole_word=True)
+        places, real, words = masked_places(tokens, out), ~rules["special"][tokens], words_of(tokens, rules)
+        assert not np.any(places & ~real)
+        for row in range(len(tokens)):
+            n, count = real[row].sum(), places[row].sum()
+            quota = max(1, math.floor(share * n + 0.5)) if n else 0
+            sizes = np.bincount(words[row][real[row]], minlength=words[row].max() + 1)
+            hit = np.bincount(words[row][places[row]], minlength=len(sizes))
+            assert np.all((hit == 0) | (hit == sizes)), "a word is masked whole or not at all"
+            assert count <= quota
+            if count < quota:
+                assert np.all(hit[sizes == 1] == 1), "short only when no one-token word is left"
+                short += 1
+    assert 0 < short < 100
+
+
+def test_masking_is_keyed_by_the_step_and_rows_differ():
+    tokens, rules = masking()[0][:8], mask_rules(200, 10)
+    draw = lambda i: np.asarray(
+        bert_mlm.mask_tokens(jax.random.fold_in(jax.random.key(0), i), tokens, rules)["tokens"]
+    )
+    np.testing.assert_array_equal(draw(3), draw(3))
+    assert np.any(draw(3) != draw(4))
+    same = np.tile(tokens[:1], (8, 1))
+    out = bert_mlm.mask_tokens(jax.random.key(0), same, rules)
+    assert len(np.unique(np.asarray(out["positions"]), axis=0)) == 8
+
+
+def test_word_starts_of_wordpiece_and_byte_level_tokenizers():
+    texts = ["import numpy as np\nprint(foo_bar.baz2, naïve Größe"] * 3
+    bpe = bert_mlm.load_tokenizer("bpe:300", texts)
+    piece = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    piece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    names = [*map(str, bert_mlm.SPECIAL.values())]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=80, special_tokens=names, show_progress=False)
+    piece.train_from_iterator(texts, trainer)
+    piece = PreTrainedTokenizerFast(tokenizer_object=piece, **bert_mlm.SPECIAL)
+    wanted = re.findall(r"[^\W_]+|\S", texts[0])
+    for tokenizer in (bpe, piece):
+        rules = bert_mlm.masking_rules(tokenizer)
+        assert rules["special"].sum() == 5 and rules["mask"] == tokenizer.convert_tokens_to_ids("[MASK]")
+        ids = bert_mlm.encode(tokenizer, texts)[0]
+        words = words_of(ids[None], rules)[0]
+        found = [tokenizer.decode(ids[words == w]).replace("##", "").strip() for w in range(words.max() + 1)]
+        assert [w for w in found if w] == wanted
+
+
+def test_gathered_head_equals_the_full_head():
+    model, batch = tiny_bert(), mlm_batch()
+    mask = np.arange(33) < batch["lengths"][:, None]
+
+    def full(model):  # logits of all positions, and only then those asked for
+        logits = model.mlm_logits(model(batch["tokens"], mask))
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), place(batch["targets"])[..., None], 2)[..., 0]
+        return jnp.sum(nats * place(batch["weights"]))
+
+    place = lambda x: jnp.zeros((4, 33), x.dtype).at[jnp.arange(4)[:, None], batch["positions"]].set(x)
+    gathered = lambda model: bert_mlm.loss_sum(model, batch)[0]
+    (a, grad_a), (b, grad_b) = (nnx.jit(nnx.value_and_grad(f))(model) for f in (gathered, full))
+    assert a == pytest.approx(float(b), rel=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-4), grad_a, grad_b)
+    assert bert_mlm.predict(model, batch).shape == (4, 5, 199)
+
+
+def test_bert_accumulation_draws_the_same_masks_and_weighs_tokens_alike():
+    tokens = padded(8, 33)[0]  # rows with few tokens would count for more in a mean of means
+    rules = mask_rules()
+    prepare = lambda key, batch: bert_mlm.mask_tokens(key, batch["tokens"], rules)
+    results = []
+    for accum in (1, 4):
+        cfg = bert_mlm.Config(optimizer="adamw", lr=1e-2, steps=10, warmup_steps=0, accum=accum)
+        _, state, step = bert_step(cfg, None, tiny_bert(), bert_mlm.make_schedule(cfg), prepare)
+        results.append(step(state, dict(tokens=tokens), jax.random.key(0))[1])
+    for metrics in results[1:]:
+        for name, value in metrics.items():
+            assert value == pytest.approx(float(results[0][name]), rel=1e-4), name
+    masked = prepare(jax.random.split(jax.random.key(0))[0], dict(tokens=tokens))
+    nats, hits, _ = bert_mlm.loss_sum(tiny_bert(), masked)
+    assert results[0]["loss"] == pytest.approx(float(nats / masked["weights"].sum()), rel=1e-5)
+    assert results[0]["acc"] == pytest.approx(float(hits / masked["weights"].sum()), rel=1e-5)
+
+
+def test_bert_schedule_is_linear_up_and_down():
+    cfg = bert_mlm.Config(lr=1.0, min_lr=0.1, warmup_steps=10, steps=100)
+    lr = [float(bert_mlm.make_schedule(cfg)(step)) for step in range(101)]
+    assert 0 < lr[0] < 0.1 and lr[10] == max(lr) == 1 and lr[100] == pytest.approx(0.1)
+    np.testing.assert_allclose(np.diff(lr[10:]), -0.01, atol=1e-6)
+
+
+def test_new_bert_starts_as_published():
+    config = BertConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=500)
+    model = bert_mlm.BERT(config, rngs=nnx.Rngs(0))
+    std = lambda p: float(np.std(p[...]))
+    layer = model.bert.encoder.layer[2]
+    for p in (layer.attention["self"].key.kernel, layer.output.dense.kernel):
+        assert std(p) == pytest.approx(0.02, rel=0.05)
+    tokens = random_tokens(4, 64, 500)
+    logits = model.mlm_logits(model(tokens))
+    nats = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], 2))
+    assert nats == pytest.approx(math.log(500), rel=0.02)
+
+
+# ---- bert_mlm.py: data ----
+
+
+def bert_tokenizer():
+    return bert_mlm.load_tokenizer("bpe:300", documents(JSON))
+
+
+def test_bert_rows_are_framed_and_hold_the_documents_but_for_those_held_out():
+    cfg, tokenizer, texts = (
+        bert_mlm.Config(**BERT | dict(shuffle_buffer=2)),
+        bert_tokenizer(),
+        documents(JSON),
+    )
+    source = open_train(JSON, script=bert_mlm)[0]
+    epochs = []
+    for epoch in range(2):
+        rows = [r["tokens"] for r in bert_mlm.training_rows(source, tokenizer, cfg, {texts[0]}, epoch)]
+        rows = np.stack(rows)
+        assert rows.shape[1] == 32
+        assert np.all(rows[:, 0] == tokenizer.cls_token_id) and np.all(rows[:, -1] == tokenizer.sep_token_id)
+        assert not np.any(rows == tokenizer.pad_token_id), "no padding"
+        kept = "".join(tokenizer.decode(row[1:-1]) for row in rows)
+        assert len(kept) > 0.97 * sum(map(len, texts[1:]))
+        whole = [tokenizer.decode(bert_mlm.encode(tokenizer, [text])[0]) for text in texts]
+        inside = [
+            sum(tokenizer.decode(row[1:-1]).split("[SEP]")[0] in text for row in rows) for text in whole
+        ]
+        assert inside[0] < 0.1 * len(rows) and all(inside[1:])
+        epochs.append({tuple(row) for row in rows})
+    assert len(epochs[0] & epochs[1]) < 0.1 * len(epochs[0]), "another cut in every epoch"
+
+
+def test_bert_validation_rows_hold_every_token_once():
+    tokenizer, texts = bert_tokenizer(), documents(JSON)[:2]
+    rows = bert_mlm.validation_rows(tokenizer, texts, 32)
+    ends = dict(cls=tokenizer.cls_token_id, sep=tokenizer.sep_token_id)
+    assert np.all(rows[:, 0] == ends["cls"]) and np.all(rows[:-1, -1] == ends["sep"])
+    inner = np.concatenate([row[1 : np.flatnonzero(row == ends["sep"])[-1]] for row in rows])
+    wanted = np.concatenate([*bert_mlm.encode(tokenizer, [texts[0]]), [ends["sep"]]])
+    wanted = np.concatenate([wanted, *bert_mlm.encode(tokenizer, [texts[1]])])
+    np.testing.assert_array_equal(inner, wanted)
+
+
+def test_special_tokens_inside_a_text_are_text_and_training_a_tokenizer_is_exact():
+    tokenizer = bert_tokenizer()
+    ids = bert_mlm.encode(tokenizer, ["a [MASK] b [SEP]"])[0]
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == "a [MASK] b [SEP]"
+    again = bert_tokenizer()
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def reviews(n=600, long=0):
+    """Texts whose class is told by one word of theirs, the first `long` of them longer than the rest."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, n)
+    fill = lambda i: " ".join(rng.choice(["so", "it", "was", "then"], rng.integers(1, 9) + 40 * (i < long)))
+    texts = [f"{['bad', 'fine', 'good'][label]} {fill(i)} {i}" for i, label in enumerate(labels)]
+    return texts, labels.tolist()
+
+
+def write_reviews(folder="reviews", **how):
+    texts, labels = reviews(**how)
+    Path(folder).mkdir()
+    for split, part in {"train": slice(100, None), "validation": slice(0, 100)}.items():
+        rows = zip(texts[part], labels[part])
+        Path(f"{folder}/{split}.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+    return folder
+
+
+def test_labelled_rows_come_by_length_each_with_its_label():
+    data = write_reviews(long=150)
+    cfg = bert_mlm.Config(**CLASSIFY | dict(data=(data,), shuffle_buffer=200, seq_len=40))
+    source = open_train(data, script=bert_mlm, columns=("text", "label"))[0]
+    tokenizer, wanted = bert_tokenizer(), {r["text"]: r["label"] for r in source}
+    cut, held = set(), next(iter(wanted))
+    how = dict(classes=["a", "b", "c"], cut=cut)
+    rows = list(bert_mlm.labelled_rows(source, tokenizer, cfg, {held}, 0, **how))
+    assert len(rows) == 3 * 16 * 3 + 0 or len(rows) > 400
+    assert len(rows) % cfg.batch_size == 0
+    seen = []
+    for row in rows:
+        text = tokenizer.decode(row["tokens"][1 : row["lengths"] - 1])
+        found = [t for t in wanted if t.startswith(text)] if row["lengths"] == 40 else [text]
+        assert found and wanted[found[0]] == row["targets"]
+        assert np.all(row["tokens"][row["lengths"] :] == tokenizer.pad_token_id)
+        seen += found
+    assert len(set(seen)) == len(seen) and held not in seen
+    assert cut == set(range(50)) - (cut ^ set(range(50))) and len(cut) > 40, "the long ones"
+    widths = [max(r["lengths"] for r in rows[i : i + 16]) for i in range(0, len(rows), 16)]
+    assert sorted(widths)[len(widths) // 2] < 30 and max(widths) == 40
+    assert widths != sorted(widths), "lengths do not come in order"
+
+
+# ---- bert_mlm.py: evaluation, fill-mask, embeddings ----
+
+
+def test_bert_evaluation_is_a_mean_over_targets_in_any_batch_size():
+    model, batch = tiny_bert(), {k: np.asarray(x) for k, x in mlm_batch(B=10).items()}
+    step = nnx.jit(bert_mlm.eval_sums)
+    found = [bert_mlm.evaluate(step, model, batch, size, lambda x: x) for size in (4, 10)]
+    nats, _, guess = bert_mlm.loss_sum(model, batch)
+    weights = batch["weights"] > 0
+    assert found[0]["val_loss"] == pytest.approx(float(nats) / weights.sum(), rel=1e-5)
+    assert found[1]["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
+    assert found[0]["val_acc"] == found[1]["val_acc"] == np.mean((guess == batch["targets"])[weights])
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    model, (tokens, lengths, _) = tiny_bert(head="classify"), padded(50, 20)
+    guess = np.argmax(model.class_logits(model(tokens, np.arange(20) < lengths[:, None])), 1)
+    rng = np.random.default_rng(0)
+    for classes in (3, 2):  # of the third class there may be none, but for guesses
+        targets = np.where(rng.random(50) < 0.5, guess, rng.integers(0, classes, 50)).astype(np.int32)
+        batch = dict(tokens=tokens, lengths=lengths, targets=targets, weights=np.ones(50, np.float32))
+        found = bert_mlm.evaluate(nnx.jit(bert_mlm.eval_sums), model, batch, 16, lambda x: x)
+        assert found["val_acc"] == pytest.approx(np.mean(targets == guess))
+        assert found["val_f1"] == pytest.approx(metrics.f1_score(targets, guess, average="macro"))
+
+
+def test_unigram_baseline_is_the_loss_of_the_frequencies():
+    tokens = np.array([[2, 7, 7, 7, 9, 3, 0, 0]], np.int32)
+    batch = dict(targets=np.array([[7, 9, 7]]), weights=np.array([[1.0, 1, 0]]))
+    loss, accuracy = bert_mlm.unigram_baseline(tokens, mask_rules(12), batch)
+    assert loss == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2) and accuracy == 0.5
+
+
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory):
+    """A run directory's worth of a random BERT with its tokenizer; and both loaded."""
+    folder, tokenizer = tmp_path_factory.mktemp("bert") / "model", bert_tokenizer()
+    model = tiny_bert(vocab_size=len(tokenizer), max_position_embeddings=64)
+    bert_mlm.save_pretrained(model, folder, tokenizer)
+    return str(folder), model, tokenizer
+
+
+def test_embedding_does_not_depend_on_batch_padding_or_company(small_bert, capsys):
+    _, model, tokenizer = small_bert
+    texts = [text[i * 40 :][: 3 * i + 1] for i, text in enumerate(documents(JSON) * 5)]
+    for pooling in ("mean", "cls"):
+        vectors = bert_mlm.embed(model, tokenizer, texts, pooling)
+        assert vectors.shape == (25, 48) and vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+        small = bert_mlm.embed(model, tokenizer, texts[::-1], pooling, batch_size=4)[::-1]
+        np.testing.assert_allclose(small, vectors, atol=2e-6)
+        alone = bert_mlm.embed(model, tokenizer, texts[3:4], pooling, batch_size=1)[0]
+        np.testing.assert_allclose(alone, vectors[3], atol=2e-6)
+    assert len({bert_mlm.bucket(n, 512) for n in range(1, 513)}) == 11, "a handful of compilations"
+    assert all(n <= bert_mlm.bucket(n, 512) <= max(16, 1.5 * n) for n in range(1, 513))
+    capsys.readouterr()
+    cut = bert_mlm.embed(model, tokenizer, ["a" * 500, "b", "c" * 400])
+    assert "2 of 3 texts are longer than 64 tokens and were cut" in capsys.readouterr().out
+    assert np.all(np.isfinite(cut))
+
+
+def test_embeddings_equal_those_of_pytorch(small_bert):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel, AutoTokenizer
+
+    folder, model, tokenizer = small_bert
+    texts = ["import json", "class JSONDecoder(object):\n    pass", "x"]
+    theirs, inputs = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = inputs(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    hidden, mask = theirs.eval()(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+    wanted = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).detach()
+    np.testing.assert_allclose(bert_mlm.embed(model, tokenizer, texts), wanted, atol=1e-5)
+    wanted = torch.nn.functional.normalize(hidden[:, 0]).detach()
+    np.testing.assert_allclose(bert_mlm.embed(model, tokenizer, texts, "cls"), wanted, atol=1e-5)
+
+
+def test_fill_mask_gives_the_likeliest_tokens_of_each_mask(small_bert):
+    _, model, tokenizer = small_bert
+    texts = ["import [MASK] as np", "a [MASK] and [MASK]"]
+    fills = bert_mlm.fill_mask(model, tokenizer, texts)
+    assert [len(best) for best in fills] == [5, 5, 5]
+    ids = tokenizer(texts[1])["input_ids"]
+    at = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
+    logits = model.mlm_logits(model(np.array([ids])))[0]
+    for place, best in zip(at, fills[1:]):
+        p = np.asarray(jax.nn.softmax(logits[place]))
+        np.testing.assert_allclose([x for x, _ in best], np.sort(p)[::-1][:5], rtol=1e-4)
+        ids_then = [*ids[1:place], int(p.argmax()), *ids[place + 1 : -1]]
+        assert best[0][1] == tokenizer.decode(ids_then)
+    assert fills[0][0][1].startswith("import") and fills[0][0][1].endswith(" as np")
+
+
+def test_embed_writes_a_vector_a_line(small_bert, monkeypatch, capsys):
+    folder, model, tokenizer = small_bert
+    Path("texts.txt").write_text("one\n\nthree\n")
+    args = ["--steps", "0", "--init-from", folder, "--embed", "texts.txt"]
+    assert typed(monkeypatch, capsys, bert_mlm, *args)[0] == 0
+    vectors = np.load("texts.npy")
+    np.testing.assert_allclose(vectors, bert_mlm.embed(model, tokenizer, ["one", "", "three"]), atol=1e-6)
+    code, err = typed(monkeypatch, capsys, bert_mlm, *args)
+    assert code == 2 and "texts.npy exists; --overwrite to replace it" in err
+    assert typed(monkeypatch, capsys, bert_mlm, *args, "--overwrite")[0] == 0
+
+
+def test_mteb_gets_an_encoder_and_our_embeddings(small_bert, monkeypatch, capsys):
+    folder, model, tokenizer = small_bert
+    Path("mteb/models").mkdir(parents=True)
+    Path("mteb/models/abs_encoder.py").write_text("class AbsEncoder: pass\n")
+    Path("mteb/models/__init__.py").write_text(
+        "class ModelMeta:\n    create_empty = staticmethod(lambda about: about)\n"
+    )
+    Path("mteb/__init__.py").write_text(
+        "from types import SimpleNamespace as N\n"
+        "def get_task(name):\n    if name != 'STS': raise KeyError(f'{name} not found. Did you mean STS?')\n"
+        "    return name\n"
+        "ResultCache = lambda path: path\n"
+        "def evaluate(model, tasks, cache, **how):\n"
+        "    got.update(meta=model.mteb_model_meta, cache=cache)\n"
+        "    got['x'] = model.encode([{'text': ['a', 'b']}, {'text': ['c']}], task_metadata=None)\n"
+        "    return N(task_results=[N(task_name=t, get_score=lambda: 0.5) for t in tasks])\n"
+        "got = {}\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    args = ["--steps", "0", "--init-from", folder, "--mteb"]
+    try:
+        assert typed(monkeypatch, capsys, bert_mlm, *args, "STS")[0] == 0
+        got = sys.modules["mteb"].got
+        np.testing.assert_allclose(got["x"], bert_mlm.embed(model, tokenizer, ["a", "b", "c"]), atol=1e-6)
+        assert got["meta"]["name"] == "nanoflax/model" and got["cache"] == "out/mteb"
+        code, err = typed(monkeypatch, capsys, bert_mlm, *args, "STX")
+        assert code == 2 and "--mteb STX: STX not found. Did you mean STS?" in err
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "mteb"]:
+            del sys.modules[name]
+
+
+# ---- bert_mlm.py: runs ----
+
+
+def bert_losses(out_dir):
+    return [
+        {k: v for k, v in line.items() if not k.endswith("_per_s") and k != "data_wait"}
+        for line in lines(out_dir)
+    ]
+
+
+def test_bert_run_leaves_a_folder_that_pytorch_loads_and_that_can_be_used(capsys):
+    last = bert_mlm.main(bert_mlm.Config(**BERT))
+    said, folder = capsys.readouterr().out, Path("out/bert-001")
+    assert "% " in said and "for i in" not in said and said.count("The capital of France is") == 10
+    files = {"ckpt", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"}
+    assert files <= {path.name for path in folder.iterdir()}
+    assert [line["step"] for line in lines(folder)] == list(range(1, 13)) and lines(folder)[-1] == last
+    assert last["tokens"] == 12 * 128 * 32 and 0 <= last["val_acc"] <= 1 and 0 <= last["acc"] <= 1
+    assert last["val_loss"] < lines(folder)[5]["val_loss"] < math.log(300)
+    same = BERT | dict(steps=0, init_from=str(folder), tokenizer=None)
+    again = bert_mlm.main(bert_mlm.Config(**same))
+    assert again["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+    loss = re.search(r"baseline   loss ([\d.]+), accuracy 0.\d+ by", capsys.readouterr().out)
+    assert 3 < float(loss[1]) < math.log(300)
+    bert_mlm.main(bert_mlm.Config(**same | dict(prompt=("import [MASK]",))))
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 5 and all(re.match(r" *\d+\.\d%  'import", line) for line in shown)
+    tuned = bert_mlm.main(bert_mlm.Config(**same | dict(steps=2, lr=1e-4, out_dir="tuned")))
+    assert tuned["val_loss"] < lines(folder)[5]["val_loss"], "it starts where the other ended"
+
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("import [MASK] as np")["input_ids"]
+    assert tokenizer.decode(ids) == "[CLS]import[MASK] as np[SEP]"
+    model, theirs = bert_mlm.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
+    wanted = theirs.eval()(torch.tensor([ids])).logits.detach()
+    np.testing.assert_allclose(model.mlm_logits(model(np.array([ids]))), wanted, atol=1e-4)
+
+
+def test_bert_kill_9_twice_changes_no_loss():
+    changes = dict(dropout=0.1, whole_word=True, accum=2)
+    whole = launch("bert_mlm.py", *flags(**BERT, **changes, out_dir="whole"))
+    args, rng = flags(**BERT, **changes, out_dir="killed"), random.Random(0)
+    for step in (4, 8):
+        process = launch("bert_mlm.py", *args)
+        wait_for_step(process, "killed", step)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        args = flags(resume=True, out_dir="killed")
+    code, _, err = run("bert_mlm.py", *args)
+    assert code == 0, err
+    assert whole.wait() == 0
+    assert bert_losses("killed") == bert_losses("whole") and len(bert_losses("whole")) == 12
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_classifier_learns_resumes_and_loads_in_pytorch(monkeypatch, capsys):
+    cfg = bert_mlm.Config(**CLASSIFY | dict(data=(write_reviews(long=3),), out_dir="whole"))
+    last = bert_mlm.main(cfg)
+    said = capsys.readouterr().out
+    assert last["val_acc"] > 0.95 and last["val_f1"] > 0.95 and last["texts"] == 60 * 16
+    assert "3 classes" in said and "of 100 texts are longer than --seq-len 32 and were cut" in said
+
+    def broken(*args, **how):
+        yield from islice(batches(*args, **how), 30)
+        raise common.StreamError("gone")
+
+    batches = common.batches
+    monkeypatch.setattr(common, "batches", broken)
+    with pytest.raises(common.StreamError, match="gone"):
+        bert_mlm.main(dataclasses.replace(cfg, out_dir="again"))
+    monkeypatch.setattr(common, "batches", batches)
+    code, err = typed(monkeypatch, capsys, bert_mlm, "--resume", "--out-dir", "again")
+    assert code == 0, err
+    assert bert_losses("again") == bert_losses("whole")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    theirs, tokenizer = AutoModelForSequenceClassification.from_pretrained("whole").eval(), AutoTokenizer
+    inputs = tokenizer.from_pretrained("whole")(["good it was"], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    model = bert_mlm.from_pretrained("whole")
+    ours = model.class_logits(model(inputs["input_ids"].numpy()))
+    np.testing.assert_allclose(ours, theirs(**inputs).logits.detach(), atol=1e-4)
+    assert int(torch.argmax(theirs(**inputs).logits)) == 2
+
+
+def test_class_names_come_from_the_data_and_go_into_the_folder(small_bert):
+    texts, labels = reviews(120)
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "fine", "good"])
+    )
+    datasets.Dataset.from_dict(dict(text=texts, label=labels), features=features).to_parquet("a.parquet")
+    how = CLASSIFY | dict(data=("a.parquet",), steps=2, val_docs=20, out_dir="a", tokenizer=None)
+    how |= dict(n_layer=4, n_head=2, n_embd=128)  # the defaults: they are those of the checkpoint
+    bert_mlm.main(bert_mlm.Config(**how | dict(init_from=small_bert[0])))
+    config = json.loads(Path("a/config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
+
+
+def test_bert_eight_devices_give_the_losses_of_one():
+    small = BERT | dict(steps=3, batch_size=64)
+    eight = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    process = launch("bert_mlm.py", *flags(**small, out_dir="cut", fsdp=True, accum=2), **eight)
+    bert_mlm.main(bert_mlm.Config(**small | dict(out_dir="one")))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "8 x cpu" in out, err
+    for a, b in zip(lines("cut"), lines("one")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["acc"] == pytest.approx(b["acc"])
+
+
+@pytest.mark.parametrize("preset", [p for p in bert_mlm.PRESETS if p != "stdlib"])
+def test_every_bert_preset_trains(preset, monkeypatch, capsys):
+    small = dict(preset=preset, data=(JSON,), data_name=("-",), val_docs=1, tokenizer="bpe:300", seq_len=32)
+    small |= dict(n_layer=1, n_head=2, n_embd=32, batch_size=8, accum=2, steps=2, out_dir="a", pre_norm=True)
+    code, err = typed(monkeypatch, capsys, bert_mlm, *flags(**small))
+    assert code == 0, err
+    assert [line["step"] for line in lines("a")] == [2]
+    assert json.loads(Path("a/config.json").read_text())["model_type"] == "megatron-bert"
+
+
+BERT_BAD = {
+    "no mask token": (["--tokenizer", "gpt"], "--tokenizer gpt: has no pad token; BERT needs one"),
+    "tokenizer": (["--tokenizer", "bpe:12"], "--tokenizer bpe:12: expected bpe:N with N above 261"),
+    "no mask": (["--steps", "0", "--init-from", "bert", "--prompt", "import x"], "holds no [MASK]"),
+    "long prompt": (
+        ["--steps", "0", "--init-from", "bert", "--prompt", "[MASK]" + "x" * 300],
+        "303 tokens, and the model has 64 positions",
+    ),
+    "no head": (
+        ["--steps", "0", "--init-from", "bare", "--prompt", "[MASK]"],
+        "bare: has no cls.predictions",
+    ),
+    "embed what": (
+        ["--steps", "0", "--init-from", "bert", "--embed", "no.txt"],
+        "--embed no.txt: no such file",
+    ),
+    "embed empty": (["--steps", "0", "--init-from", "bert", "--embed", "empty.txt"], "empty.txt: is empty"),
+    "embed in training": (["--embed", "empty.txt"], "--embed empty.txt: is for a finished model"),
+    "mteb": (
+        ["--steps", "0", "--init-from", "bert", "--mteb", "STS12"],
+        "--mteb STS12: needs `pip install mteb`",
+    ),
+    "positions": (["--init-from", "bert"], "--seq-len 128: bert has 64 positions"),
+    "vocabulary": (
+        ["--init-from", "tiny", "--tokenizer", "bert", "--seq-len", "32"],
+        "has 300 tokens, and tiny has a vocabulary of 199",
+    ),
+    "not a bert": (
+        ["--init-from", "gpt", "--tokenizer", "bert"],
+        "a gpt2 model, expected bert or megatron-bert",
+    ),
+    "norms": (
+        ["--init-from", "bert", "--seq-len", "32", "--pre-norm"],
+        "--pre-norm: bert is a post-norm BERT",
+    ),
+    "share": (["--mask-share", "1.5"], "--mask-share 1.5: must be in (0, 1)"),
+    "string labels": (["--task", "classify", "--data", "strings.csv"], "are strings"),
+    "no labels": (["--task", "classify", "--data", "text.jsonl"], "no label column among text"),
+    "one class": (
+        ["--task", "classify", "--data", "one.csv", "--val-docs", "5"],
+        "--data one.csv: all labels are 1; expected two classes or more",
+    ),
+    "other classes": (
+        ["--task", "classify", "--data", "two.csv", "--val-data", "three.csv"],
+        "validation has label 2, and training 2 classes",
+    ),
+    "no classifier": (
+        [
+            "--task",
+            "classify",
+            "--data",
+            "two.csv",
+            "--val-docs",
+            "5",
+            "--steps",
+            "0",
+            "--init-from",
+            "bert",
+            "--seq-len",
+            "32",
+        ],
+        "bert: has no ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BERT_BAD)
+def test_bad_input_to_bert_is_one_line_and_exit_code_2(case, small_bert, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mteb" else find_spec(name))
+    Path("bert").symlink_to(small_bert[0])
+    bert_mlm.save_pretrained(tiny_bert(head=None), "bare", small_bert[2])
+    bert_mlm.save_pretrained(tiny_bert(), "tiny")
+    gpt_train.save_pretrained(tiny_model(257), "gpt", gpt_train.load_tokenizer("byte"))
+    Path("empty.txt").write_text("\n \n")
+    Path("text.jsonl").write_text('{"text": "a b"}\n' * 30)
+    for name, labels in dict(strings=["x", "y"], one=[1], two=[0, 1], three=[0, 1, 2]).items():
+        rows = [f"{name} {i},{labels[i % len(labels)]}\n" for i in range(30)]
+        Path(f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    before = sorted(path for path in Path(".").rglob("*"))
+    args, message = BERT_BAD[case]
+    code, err = typed(monkeypatch, capsys, bert_mlm, "--steps", "1", *args)
+    assert code == 2 and message in err, err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(path for path in Path(".").rglob("*")) == before
 
 
 # ---- resnet_stream.py: pictures ----
