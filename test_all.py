@@ -37,7 +37,6 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
