@@ -56,7 +56,9 @@ TINY |= dict(batch_size=256, eval_every=6, log_every=1, sample_every=0, ckpt_eve
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Every process of the tests shares one compilation cache, and none touches the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"] + "/nanoflax")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
