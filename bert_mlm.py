@@ -10,6 +10,9 @@ between [CLS] and [SEP], with no padding. Masks are drawn on the device, keyed b
 positions in every row, so that the head works on these alone. A run killed at any moment goes on with
 --resume, bit for bit. When it ends, its directory is a Hugging Face model folder.
 
+Measured on two CPU cores: after the first command masked tokens on held-out documents have loss 3.29 and are
+guessed with accuracy 0.378; by the frequencies of tokens alone it would be 6.14 and 0.025.
+
 Shapes: B batch, T tokens, M masked ones, C channels (n_embd), H heads, D head size, V vocabulary, L layers.
 """
 
@@ -55,20 +58,20 @@ class Config:
     label_column: str | None = None  # column with the class, an int; found if there is one
     val_data: tuple[str, ...] = ()  # validation source; else the validation split, or data's first documents
     val_docs: int | None = None  # documents to validate on, never trained on; else 10, to classify 1,000
-    tokenizer: str | None = None  # hub id, folder or bpe:N (trained); else init_from's, or bpe:4096
-    seq_len: int = 128  # tokens in a row, T
+    tokenizer: str | None = None  # hub id, folder or bpe:N (trained); else init_from's, or bpe:2048
+    seq_len: int | None = None  # tokens in a row, T; else 32, to classify 128
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
     retries: int = 8  # times in a row that a source that fails is opened again
     # model
     n_layer: int = 4  # blocks, L
-    n_head: int = 2  # attention heads, H
+    n_head: int = 4  # attention heads, H
     n_embd: int = 128  # width, C
-    pre_norm: bool = False  # norms before each block and at the end (Megatron's BERT): needs less warm-up
+    pre_norm: bool = True  # norms before each block and at the end (Megatron's BERT): needs less warm-up
     dropout: float = 0.0  # on embeddings, attention and residual branches; 0 for pre-training
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, fills masks or embeds, from init_from
-    batch_size: int = 32  # rows a step, over all devices
+    batch_size: int | None = None  # rows a step, over all devices; else 128, to classify 32
     accum: int = 1  # microbatches that a step is cut into, to fit in memory
     mask_share: float = 0.15  # of a row's tokens to predict
     whole_word: bool = False  # mask all pieces of a word together
@@ -94,9 +97,7 @@ class Config:
     keep: int = 2  # newest checkpoints to keep
     wandb: str | None = None  # project on Weights & Biases to log to
     # use
-    prompt: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction
-    ] = ()  # text with a [MASK] to fill; repeatable
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text with a [MASK]; repeatable
     embed: str | None = None  # text file to embed, a text a line, into an .npy beside it
     mteb: tuple[str, ...] = ()  # tasks of the mteb package to evaluate embeddings on, as in STSBenchmark
     pooling: Literal["mean", "cls"] = "mean"  # an embedding is the mean of a text's tokens, or its first
@@ -105,9 +106,10 @@ class Config:
 # batch, rates and the 6 % of warm-up of MosaicBERT (arXiv 2312.17482); 19,073 steps are 10 B tokens
 HUB = dict(data=("HuggingFaceFW/fineweb-edu",), data_name=("sample-10BT",), tokenizer="bert-base-uncased")
 HUB |= dict(shuffle_buffer=10_000, val_docs=1_000, seq_len=128, batch_size=4_096, steps=19_073)
-HUB |= dict(optimizer="adamw", warmup_steps=1_150, dtype="bfloat16")
-TASKS = dict(mlm=dict(optimizer="muon", lr=1e-2, val_docs=10))
-TASKS |= dict(classify=dict(optimizer="adamw", lr=1e-4, val_docs=1_000))
+HUB |= dict(pre_norm=False, optimizer="adamw", warmup_steps=1_150, dtype="bfloat16")
+# what is left open, by task
+TASKS = dict(mlm=dict(val_docs=10, seq_len=32, batch_size=128, optimizer="muon", lr=1e-2))
+TASKS |= dict(classify=dict(val_docs=1_000, seq_len=128, batch_size=32, optimizer="adamw", lr=1e-4))
 PRESETS = {
     "stdlib": {},
     "bert-mini": HUB | dict(n_layer=4, n_head=4, n_embd=256, lr=1e-3, accum=2),
@@ -126,12 +128,12 @@ def load_tokenizer(name, documents=()):
         files = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
         tokenizer = AutoTokenizer.from_pretrained(common.snapshot(name, "--tokenizer", files))
         expect(tokenizer.is_fast, f"--tokenizer {name}: has no fast form (tokenizer.json)")
-        for token in SPECIAL:
-            found = token == "unk_token" or getattr(tokenizer, token) is not None
-            expect(found, f"--tokenizer {name}: has no {token.replace('_', ' ')}; BERT needs one")
+        for kind in ("mask", "cls", "sep", "pad"):
+            found = getattr(tokenizer, f"{kind}_token") is not None
+            expect(found, f"--tokenizer {name}: has no {kind} token; BERT needs one")
         return tokenizer
     size, special = int(size) if size.isdigit() else 0, list(SPECIAL.values())
-    expect(size > 261, f"--tokenizer {name}: expected bpe:N with N above 261, as in bpe:4096")
+    expect(size > 261, f"--tokenizer {name}: expected bpe:N with N above 261, as in bpe:2048")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,9 +149,10 @@ def load_tokenizer(name, documents=()):
 def encode(tokenizer, texts):
     """Token ids of each text, without special tokens: "[MASK]" inside a text is text."""
     backend, ids = tokenizer.backend_tokenizer, []
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
+    if not backend.encode_special_tokens:  # set once: while another thread encodes it must not be touched
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
         chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
         ids += [np.array(encoding.ids, np.int32) for encoding in chunk]
@@ -232,7 +235,7 @@ def labelled_rows(source, tokenizer, cfg, held_out, epoch, *, classes, cut):
         B = cfg.batch_size
         keep = keep[: len(keep) // B * B or len(keep)]
         rows, too_long = encode_whole(tokenizer, [batch["text"][i] for i in keep], cfg.seq_len)
-        cut.update(batch["record"][i] for i in keep[too_long])
+        cut.update(hash(batch["text"][i]) for i in keep[too_long])  # records have other numbers in each epoch
         lengths = np.array([len(row) for row in rows], np.int32)
         order = np.argsort(lengths, kind="stable")
         if len(order) > B:
@@ -274,7 +277,7 @@ def masking_rules(tokenizer):
     else:
         # GPT-2 spells bytes of whitespace and control 256 to 289, and those of letters beyond ASCII otherwise
         letter = lambda c: c.isalnum() if c.isascii() else c != "▁" and not 256 <= ord(c) < 290
-        begins, ends = ([not letter(token[at : at + 1]) for token in tokens] for at in (0, -1))
+        begins = [not letter(token[:1]) for token in tokens]
         ends = [not letter(token[-1:]) for token in tokens]
     rules = dict(special=special, begins=special | begins, ends=special | ends)
     return rules | dict(ordinary=np.flatnonzero(~special).astype(np.int32), mask=tokenizer.mask_token_id)
@@ -500,12 +503,11 @@ def from_pretrained(path, *, head="any", new_head=False, dtype="float32", remat=
         found = getattr(config, name, value)
         expect(found == value, f"--init-from {path}: {name} is {found}, only {value} is supported")
     weights = {}
-    for name, w in common.read_weights(
-        folder, path
-    ).items():  # the oldest files have gamma and beta, or no bert.
+    for name, w in common.read_weights(folder, path).items():
+        # the oldest files have gamma and beta, and bare encoders no prefix
         name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        inside = name.startswith(("embeddings.", "encoder.", "pooler."))
-        weights["bert." * inside + name] = w
+        bare = name.startswith(("embeddings.", "encoder.", "pooler."))
+        weights["bert." * bare + name] = w
     if head == "any":
         marks = {"classifier.weight": "classify", "cls.predictions.transform.dense.weight": "mlm"}
         head = next((kind for name, kind in marks.items() if name in weights), None)
@@ -693,25 +695,34 @@ def _mask_probabilities(model, tokens, mask, row, at):
     return jax.nn.softmax(model.mlm_logits(hidden[row, at]))
 
 
+def encode_prompts(tokenizer, texts, positions):
+    """[CLS] text [SEP] as token ids of each text, with a mask for each [MASK]; UsageError without one."""
+    mask, rows = tokenizer.mask_token_id, []
+    lstrip = tokenizer.added_tokens_decoder[mask].lstrip  # the space before goes with the mask
+    for text in texts:
+        *before, last = text.replace(tokenizer.mask_token, "[MASK]").split("[MASK]")
+        expect(before, f"--prompt {text!r}: holds no [MASK]")
+        pieces = encode(tokenizer, [*(piece.rstrip() if lstrip else piece for piece in before), last])
+        inner = [token for piece in pieces for token in (*piece.tolist(), mask)][:-1]
+        rows.append([tokenizer.cls_token_id, *inner, tokenizer.sep_token_id])
+        expect(
+            len(rows[-1]) <= positions,
+            f"--prompt: {len(rows[-1])} tokens, and there are {positions} positions",
+        )
+    return rows
+
+
 def fill_mask(model, tokenizer, texts, k=5):
     """For each mask in each text: the k likeliest [(probability, text with that token in its place)]."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = False
-    ids = [tokenizer(text.replace("[MASK]", tokenizer.mask_token))["input_ids"] for text in texts]
-    for text, row in zip(texts, ids):
-        expect(tokenizer.mask_token_id in row, f"--prompt {text!r}: holds no [MASK]")
-    ends = tokenizer.cls_token_id, tokenizer.sep_token_id
-    ids = [[t for t in row if t not in ends] for row in ids]
-    longest, positions = max(map(len, ids)) + 2, model.config.max_position_embeddings
-    expect(longest <= positions, f"--prompt: {longest} tokens, and the model has {positions} positions")
-    width = bucket(longest, positions)
-    tokens = pad([[ends[0], *row, ends[1]] for row in ids], width, tokenizer.pad_token_id)
-    mask = np.arange(width) < np.array([len(row) + 2 for row in ids])[:, None]
+    positions = model.config.max_position_embeddings
+    ids, out = encode_prompts(tokenizer, texts, positions), []
+    lengths = np.array([len(row) for row in ids])
+    tokens = pad(ids, bucket(lengths.max(), positions), tokenizer.pad_token_id)
     masks = np.argwhere(tokens == tokenizer.mask_token_id)
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
     p, best = jax.lax.top_k(_mask_probabilities(model, tokens, mask, *masks.T), k)
-    out = []
     for (row, at), probabilities, candidates in zip(masks, p.tolist(), best.tolist()):
-        before, after = ids[row][: at - 1], ids[row][at:]
+        before, after = ids[row][1:at], ids[row][at + 1 : -1]
         filled = [tokenizer.decode([*before, token, *after]) for token in candidates]
         out.append(list(zip(probabilities, filled)))
     return out
@@ -782,7 +793,7 @@ def check(cfg):
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
     expect(cfg.seq_len > 2, f"--seq-len {cfg.seq_len}: must hold [CLS], [SEP] and a token")
     expect(0 < cfg.mask_share < 1, f"--mask-share {cfg.mask_share}: must be in (0, 1)")
-    expect(all(cfg.prompt), "--prompt: is empty; give some text with a [MASK]")
+    expect(not (cfg.prompt and cfg.task != "mlm"), "--prompt: fills masks, which --task classify has not")
     for name in ("embed", "mteb"):
         value = getattr(cfg, name)
         expect(not (value and cfg.steps), f"{flag(name)} {value}: is for a finished model; add --steps 0")
@@ -795,9 +806,8 @@ def use(cfg):
         expect(Path(cfg.embed).is_file(), f"--embed {cfg.embed}: no such file")
         texts = Path(cfg.embed).read_text(errors="replace").splitlines()
         expect(any(text.strip() for text in texts), f"--embed {cfg.embed}: is empty, expected a text a line")
-        expect(
-            cfg.overwrite or not out.exists(), f"--embed {cfg.embed}: {out} exists; --overwrite to replace it"
-        )
+        taken = f"--embed {cfg.embed}: {out} exists; --overwrite to replace it"
+        expect(cfg.overwrite or not out.exists(), taken)
     if cfg.mteb:
         names = " ".join(cfg.mteb)
         expect(importlib.util.find_spec("mteb"), f"--mteb {names}: needs `pip install mteb`")
@@ -808,14 +818,16 @@ def use(cfg):
             try:
                 tasks.append(mteb.get_task(name))
             except KeyError as error:
-                raise common.UsageError(f"--mteb {name}: {error.args[0]}") from error
+                raise common.UsageError(
+                    f"--mteb {name}: {error.args[0].removeprefix('KeyError: ')}"
+                ) from error
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
     model = from_pretrained(cfg.init_from, head="mlm" if cfg.prompt else None, dtype=cfg.dtype)
     check_vocabulary(cfg, model.config, tokenizer)
     if cfg.prompt:
         print(show_fills(fill_mask(model, tokenizer, cfg.prompt)))
     if cfg.embed:
-        vectors = embed(model, tokenizer, texts, cfg.pooling, cfg.batch_size)
+        vectors = embed(model, tokenizer, texts, cfg.pooling)
         np.save(out, vectors)
         print(f"{len(vectors):,} vectors of {vectors.shape[1]} are in {out}")
     scores = run_mteb(model, tokenizer, tasks, cfg) if cfg.mteb else {}
@@ -833,11 +845,8 @@ def check_vocabulary(cfg, config, tokenizer):
 def build(cfg, tokenizer, classes):
     """The model to start from: that of --init-from, or a new one. `classes`: their names, to classify."""
     kinds = dict(hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout)
-    kinds |= (
-        dict(id2label=dict(enumerate(classes)), label2id={c: i for i, c in enumerate(classes)})
-        if classes
-        else {}
-    )
+    if classes:
+        kinds |= dict(id2label=dict(enumerate(classes)), label2id={c: i for i, c in enumerate(classes)})
     how = dict(head=cfg.task, dtype=cfg.dtype, remat=cfg.remat)
     if not cfg.init_from:
         sizes = dict(num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, hidden_size=cfg.n_embd)
@@ -851,7 +860,9 @@ def build(cfg, tokenizer, classes):
     for name, theirs in names.items():  # left at the default, they are those of the checkpoint
         asked, found = getattr(cfg, name), getattr(config, theirs)
         expect(asked in (found, getattr(default, name)), f"{flag(name)} {asked}: {cfg.init_from} has {found}")
-    expect(is_pre_norm(config) or not cfg.pre_norm, f"--pre-norm: {cfg.init_from} is a post-norm BERT")
+    asked, found = cfg.pre_norm, is_pre_norm(config)
+    norms = f"--{'' if asked else 'no-'}pre-norm: {cfg.init_from} is a {'pre' if found else 'post'}-norm BERT"
+    expect(asked in (found, default.pre_norm), norms)
     check_vocabulary(cfg, config, tokenizer)
     positions = config.max_position_embeddings
     expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
@@ -869,11 +880,11 @@ def find_classes(sources, data):
     return names
 
 
-def prepare_mlm(cfg, tokenizer, texts):
+def prepare_mlm(cfg, tokenizer, records):
     """What the steps do to a batch of rows; the validation batch; and what to say of it."""
     rules = masking_rules(tokenizer)
     mask = partial(mask_tokens, rules=rules, share=cfg.mask_share, whole_word=cfg.whole_word)
-    rows = validation_rows(tokenizer, texts, cfg.seq_len)
+    rows = validation_rows(tokenizer, [record["text"] for record in records], cfg.seq_len)
     batch = jax.device_get(jax.jit(mask)(jax.random.key(1), rows))  # the same masks in every validation
     lengths = np.sum(rows != tokenizer.pad_token_id, axis=1)
     nats, share = unigram_baseline(rows, rules, batch)
@@ -885,10 +896,8 @@ def prepare_classify(cfg, tokenizer, records, classes):
     """The same for texts with labels."""
     rows, cut = encode_whole(tokenizer, [record["text"] for record in records], cfg.seq_len)
     labels = np.array([record["label"] for record in records], np.int32)
-    expect(
-        labels.max() < len(classes),
-        f"validation has label {labels.max()}, and training {len(classes)} classes",
-    )
+    other = f"validation has label {labels.max()}, and training {len(classes)} classes"
+    expect(labels.max() < len(classes), other)
     order = np.argsort([len(row) for row in rows], kind="stable")  # so that batches are narrow
     rows, labels = [rows[i] for i in order], labels[order]
     batch = dict(tokens=pad(rows, cfg.seq_len, tokenizer.pad_token_id), targets=labels)
@@ -923,16 +932,18 @@ def main(cfg):
     documents = lambda: (r["text"] for r in common.mix(train, cfg.data_weights) if r["text"] not in val_set)
     left = f"--val-docs {n}: leaves no document of {data} to train on; ask for fewer"
     expect(not cfg.steps or any(documents()), left)
-    name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
+    name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:2048"
     tokenizer = load_tokenizer(name, documents())
-    texts, classes, cut = (
-        [record["text"] for record in val],
-        None if mlm else find_classes(train, data),
-        set(),
-    )
-    how = prepare_mlm(cfg, tokenizer, texts) if mlm else prepare_classify(cfg, tokenizer, val, classes)
-    prepare, val_batch, baseline = how
+    classes, cut = None if mlm else find_classes(train, data), set()
+    prepared = prepare_mlm(cfg, tokenizer, val) if mlm else prepare_classify(cfg, tokenizer, val, classes)
+    prepare, val_batch, baseline = prepared
     val_batch = {k: x[: cfg.eval_batches * cfg.batch_size or None] for k, x in val_batch.items()}
+
+    # a prompt is looked at before the run begins; an example that is too long is none
+    example = cfg.prompt or EXAMPLES["stdlib" if cfg.data == ("stdlib",) else "english"]
+    if not mlm or (not cfg.prompt and len(encode(tokenizer, example)[0]) + 2 > T):
+        example = ()
+    encode_prompts(tokenizer, example, T)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer, classes), make_schedule(cfg)
@@ -976,7 +987,6 @@ def main(cfg):
     print(f"step       {cfg.batch_size} rows x {T} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
 
-    example = cfg.prompt or EXAMPLES["stdlib" if cfg.data == ("stdlib",) else "english"]
     with run.training(step, unit, per_step, flops, stream):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
             state, metrics = train_step(state, put(batch), jax.random.fold_in(key, step))
@@ -987,7 +997,7 @@ def main(cfg):
                 with run.pause():
                     result = validate(state)
                     model = nnx.merge(graphdef, state)[0]
-                    said = show_fills(fill_mask(model, tokenizer, example)) if mlm else ""
+                    said = show_fills(fill_mask(model, tokenizer, example)) if example else ""
                 run.flush(**result)
                 if cut:
                     said = f"{len(cut)} texts so far are longer than --seq-len {T} and were cut"

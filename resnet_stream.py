@@ -63,15 +63,15 @@ class Config:
         str, ...
     ] = ()  # validation source; else the validation or test split, or every val_every-th
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
-    image_size: int = 8  # side of the square that the model sees, S
+    image_size: int = 16  # side of the square that the model sees, S
     crop: Literal["pad", "resized"] = (
         "pad"  # training sees shifted pictures, or crops of random area and shape
     )
-    crop_pad: int = 1  # pad: shifted by at most so many pixels
+    crop_pad: int = 2  # pad: shifted by at most so many pixels
     crop_area: float = 0.08  # resized: least share of the picture
     flip: bool = False  # training sees half of the pictures mirrored
     eval_crop: float = 1.0  # share of a picture's short side that evaluation looks at, in the centre
-    mixup: float = 0.0  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
+    mixup: float = 0.2  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
     shuffle_buffer: int = 1_000  # pictures, still encoded, that are shuffled together
     retries: int = 8  # times in a row that a failing source is opened again
     # model
@@ -84,7 +84,7 @@ class Config:
     dropout: float = 0.0  # on the pooled features
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
-    steps: int = 800  # optimizer steps; 0 only evaluates, or predicts, from init_from
+    steps: int = 600  # optimizer steps; 0 only evaluates, or predicts, from init_from
     batch_size: int = 64  # pictures a step, over all devices
     accum: int = 1  # microbatches that a step is cut into; batch norm sees one at a time
     lr: float = 0.1  # peak learning rate
@@ -104,9 +104,9 @@ class Config:
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir and start again
     log_every: int = 10  # steps between two lines of metrics.jsonl
-    eval_every: int = 200  # steps between two validations, which redraw curves.png and predictions.png
+    eval_every: int = 150  # steps between two validations, which redraw curves.png and predictions.png
     eval_batches: int = 0  # batches of validation pictures; 0 takes all
-    ckpt_every: int = 200  # steps between two checkpoints
+    ckpt_every: int = 150  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
     wandb: str | None = None  # project on Weights & Biases to log to
     # prediction
@@ -115,9 +115,9 @@ class Config:
 
 CIFAR = dict(data=("uoft-cs/cifar10",), image_size=32, crop_pad=4, flip=True, shuffle_buffer=10_000)
 CIFAR |= dict(width=64, steps=78_200, batch_size=128, eval_every=391, ckpt_every=1_955, warmup_steps=391)
-CIFAR |= dict(label_smoothing=0.0, ema=0.0)
+CIFAR |= dict(label_smoothing=0.0, ema=0.0, mixup=0.0)
 IMAGENET = dict(data=("ILSVRC/imagenet-1k",), image_size=224, crop="resized", flip=True, eval_crop=0.875)
-IMAGENET |= dict(shuffle_buffer=5_000, depth=50, width=64, stem="imagenet", ema=0.0)
+IMAGENET |= dict(shuffle_buffer=5_000, depth=50, width=64, stem="imagenet", ema=0.0, mixup=0.0)
 # 1,281,167 pictures / 1,024 are 1,251 steps an epoch, of which 90, and 5 to warm up (Goyal et al. 2017)
 IMAGENET |= dict(steps=112_590, batch_size=1_024, warmup_steps=6_255, eval_every=6_255, ckpt_every=1_251)
 IMAGENET |= dict(lr=1.024, momentum=0.875, weight_decay=2**-15, dtype="bfloat16")

@@ -45,7 +45,14 @@ import zstandard
 from flax import nnx
 from PIL import Image
 from tqdm import tqdm
-from transformers import BertConfig, GPT2Config, MegatronBertConfig, PreTrainedTokenizerFast, ResNetConfig
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    MegatronBertConfig,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+)
 
 HERE = Path(__file__).parent
 JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
@@ -1813,7 +1820,7 @@ def test_labelled_rows_come_by_length_each_with_its_label():
     cut, held = set(), next(iter(wanted))
     how = dict(classes=["a", "b", "c"], cut=cut)
     rows = list(bert_mlm.labelled_rows(source, tokenizer, cfg, {held}, 0, **how))
-    assert len(rows) == 3 * 16 * 3 + 0 or len(rows) > 400
+    assert len(rows) > 450
     assert len(rows) % cfg.batch_size == 0
     seen = []
     for row in rows:
@@ -1823,7 +1830,7 @@ def test_labelled_rows_come_by_length_each_with_its_label():
         assert np.all(row["tokens"][row["lengths"] :] == tokenizer.pad_token_id)
         seen += found
     assert len(set(seen)) == len(seen) and held not in seen
-    assert cut == set(range(50)) - (cut ^ set(range(50))) and len(cut) > 40, "the long ones"
+    assert 40 < len(cut) <= 50, "the long ones"
     widths = [max(r["lengths"] for r in rows[i : i + 16]) for i in range(0, len(rows), 16)]
     assert sorted(widths)[len(widths) // 2] < 30 and max(widths) == 40
     assert widths != sorted(widths), "lengths do not come in order"
@@ -1893,7 +1900,7 @@ def test_embedding_does_not_depend_on_batch_padding_or_company(small_bert, capsy
 
 def test_embeddings_equal_those_of_pytorch(small_bert):
     torch = pytest.importorskip("torch")
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     folder, model, tokenizer = small_bert
     texts = ["import json", "class JSONDecoder(object):\n    pass", "x"]
@@ -1907,11 +1914,11 @@ def test_embeddings_equal_those_of_pytorch(small_bert):
 
 
 def test_fill_mask_gives_the_likeliest_tokens_of_each_mask(small_bert):
-    _, model, tokenizer = small_bert
+    folder, model, tokenizer = small_bert
     texts = ["import [MASK] as np", "a [MASK] and [MASK]"]
     fills = bert_mlm.fill_mask(model, tokenizer, texts)
     assert [len(best) for best in fills] == [5, 5, 5]
-    ids = tokenizer(texts[1])["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(texts[1])["input_ids"]
     at = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
     logits = model.mlm_logits(model(np.array([ids])))[0]
     for place, best in zip(at, fills[1:]):
@@ -1919,6 +1926,7 @@ def test_fill_mask_gives_the_likeliest_tokens_of_each_mask(small_bert):
         np.testing.assert_allclose([x for x, _ in best], np.sort(p)[::-1][:5], rtol=1e-4)
         ids_then = [*ids[1:place], int(p.argmax()), *ids[place + 1 : -1]]
         assert best[0][1] == tokenizer.decode(ids_then)
+    assert bert_mlm.encode_prompts(tokenizer, texts, 64)[1] == ids
     assert fills[0][0][1].startswith("import") and fills[0][0][1].endswith(" as np")
 
 
@@ -1997,7 +2005,7 @@ def test_bert_run_leaves_a_folder_that_pytorch_loads_and_that_can_be_used(capsys
     assert tuned["val_loss"] < lines(folder)[5]["val_loss"], "it starts where the other ended"
 
     torch = pytest.importorskip("torch")
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForMaskedLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("import [MASK] as np")["input_ids"]
@@ -2008,9 +2016,9 @@ def test_bert_run_leaves_a_folder_that_pytorch_loads_and_that_can_be_used(capsys
 
 
 def test_bert_kill_9_twice_changes_no_loss():
-    changes = dict(dropout=0.1, whole_word=True, accum=2)
-    whole = launch("bert_mlm.py", *flags(**BERT, **changes, out_dir="whole"))
-    args, rng = flags(**BERT, **changes, out_dir="killed"), random.Random(0)
+    small = BERT | dict(dropout=0.1, whole_word=True, accum=2, n_layer=1)
+    whole = launch("bert_mlm.py", *flags(**small, out_dir="whole"))
+    args, rng = flags(**small, out_dir="killed"), random.Random(0)
     for step in (4, 8):
         process = launch("bert_mlm.py", *args)
         wait_for_step(process, "killed", step)
@@ -2046,7 +2054,7 @@ def test_classifier_learns_resumes_and_loads_in_pytorch(monkeypatch, capsys):
     assert code == 0, err
     assert bert_losses("again") == bert_losses("whole")
     torch = pytest.importorskip("torch")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     theirs, tokenizer = AutoModelForSequenceClassification.from_pretrained("whole").eval(), AutoTokenizer
     inputs = tokenizer.from_pretrained("whole")(["good it was"], return_tensors="pt")
@@ -2064,7 +2072,7 @@ def test_class_names_come_from_the_data_and_go_into_the_folder(small_bert):
     )
     datasets.Dataset.from_dict(dict(text=texts, label=labels), features=features).to_parquet("a.parquet")
     how = CLASSIFY | dict(data=("a.parquet",), steps=2, val_docs=20, out_dir="a", tokenizer=None)
-    how |= dict(n_layer=4, n_head=2, n_embd=128)  # the defaults: they are those of the checkpoint
+    how |= dict(n_layer=4, n_head=4, n_embd=128)  # the defaults: they are those of the checkpoint
     bert_mlm.main(bert_mlm.Config(**how | dict(init_from=small_bert[0])))
     config = json.loads(Path("a/config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
@@ -2092,13 +2100,14 @@ def test_every_bert_preset_trains(preset, monkeypatch, capsys):
 
 
 BERT_BAD = {
-    "no mask token": (["--tokenizer", "gpt"], "--tokenizer gpt: has no pad token; BERT needs one"),
+    "no mask token": (["--tokenizer", "gpt"], "--tokenizer gpt: has no mask token; BERT needs one"),
     "tokenizer": (["--tokenizer", "bpe:12"], "--tokenizer bpe:12: expected bpe:N with N above 261"),
     "no mask": (["--steps", "0", "--init-from", "bert", "--prompt", "import x"], "holds no [MASK]"),
     "long prompt": (
         ["--steps", "0", "--init-from", "bert", "--prompt", "[MASK]" + "x" * 300],
-        "303 tokens, and the model has 64 positions",
+        "303 tokens, and there are 64 positions",
     ),
+    "no mask in training": (["--prompt", "import x"], "--prompt 'import x': holds no [MASK]"),
     "no head": (
         ["--steps", "0", "--init-from", "bare", "--prompt", "[MASK]"],
         "bare: has no cls.predictions",
@@ -2113,7 +2122,7 @@ BERT_BAD = {
         ["--steps", "0", "--init-from", "bert", "--mteb", "STS12"],
         "--mteb STS12: needs `pip install mteb`",
     ),
-    "positions": (["--init-from", "bert"], "--seq-len 128: bert has 64 positions"),
+    "positions": (["--init-from", "bert", "--seq-len", "128"], "--seq-len 128: bert has 64 positions"),
     "vocabulary": (
         ["--init-from", "tiny", "--tokenizer", "bert", "--seq-len", "32"],
         "has 300 tokens, and tiny has a vocabulary of 199",
@@ -2123,8 +2132,8 @@ BERT_BAD = {
         "a gpt2 model, expected bert or megatron-bert",
     ),
     "norms": (
-        ["--init-from", "bert", "--seq-len", "32", "--pre-norm"],
-        "--pre-norm: bert is a post-norm BERT",
+        ["--init-from", "pre", "--no-pre-norm"],
+        "--no-pre-norm: pre is a pre-norm BERT",
     ),
     "share": (["--mask-share", "1.5"], "--mask-share 1.5: must be in (0, 1)"),
     "string labels": (["--task", "classify", "--data", "strings.csv"], "are strings"),
@@ -2164,6 +2173,7 @@ def test_bad_input_to_bert_is_one_line_and_exit_code_2(case, small_bert, monkeyp
     Path("bert").symlink_to(small_bert[0])
     bert_mlm.save_pretrained(tiny_bert(head=None), "bare", small_bert[2])
     bert_mlm.save_pretrained(tiny_bert(), "tiny")
+    bert_mlm.save_pretrained(tiny_bert(pre_norm=True), "pre", small_bert[2])
     gpt_train.save_pretrained(tiny_model(257), "gpt", gpt_train.load_tokenizer("byte"))
     Path("empty.txt").write_text("\n \n")
     Path("text.jsonl").write_text('{"text": "a b"}\n' * 30)
@@ -2181,7 +2191,7 @@ def test_bad_input_to_bert_is_one_line_and_exit_code_2(case, small_bert, monkeyp
 # ---- resnet_stream.py: pictures ----
 
 RESNET = dict(width=8, steps=6, batch_size=32, warmup_steps=2, eval_every=3, log_every=1, ckpt_every=2)
-RESNET |= dict(shuffle_buffer=500, lr=0.02, label_smoothing=0.0, ema=0.0)
+RESNET |= dict(shuffle_buffer=500, lr=0.02, label_smoothing=0.0, ema=0.0, mixup=0.0, image_size=8, crop_pad=1)
 
 
 def png(pixels, kind="png", **how):
@@ -2360,8 +2370,10 @@ def tiny_resnet(kind="bottleneck", stem="imagenet", classes=7, view=None, seed=0
 
 
 def torch_resnet(folder, stem="imagenet"):
+    import torch
     from transformers import AutoModelForImageClassification
 
+    torch.set_num_threads(1)  # more of them stand in each other's way where a core is busy
     own = dict(trust_remote_code=True) if stem == "cifar" else {}  # transformers has no such stem
     return AutoModelForImageClassification.from_pretrained(folder, **own)
 
@@ -2426,7 +2438,7 @@ def test_ten_sgd_steps_equal_pytorch(tmp_path):
     model = tiny_resnet()
     resnet_stream.save_pretrained(model, tmp_path)
     theirs = torch_resnet(tmp_path).train()
-    cfg = resnet_stream.Config(lr=2e-3, warmup_steps=3, steps=10, weight_decay=1.0, ema=0.0)
+    cfg = resnet_stream.Config(lr=2e-3, warmup_steps=3, steps=10, weight_decay=1.0, ema=0.0, mixup=0.0)
     graphdef, state, step = sgd(model, cfg)
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 1.0},
@@ -2562,7 +2574,9 @@ def test_bfloat16_resnet_has_float32_parameters_statistics_and_logits():
 
 def test_remat_accumulation_mixup_and_ema():
     small = partial(tiny_resnet, stages=dict(depths=[1, 1], hidden_sizes=[16, 32]))
-    cfg = resnet_stream.Config(steps=10, warmup_steps=0, weight_decay=0.0, ema=0.0, label_smoothing=0.0)
+    cfg = resnet_stream.Config(
+        steps=10, warmup_steps=0, weight_decay=0.0, ema=0.0, mixup=0.0, label_smoothing=0.0
+    )
     images, labels, start = random_images(4, 32), np.arange(4), small()
 
     def stepper(how=None, **changes):
@@ -2750,7 +2764,7 @@ RESNET_BAD = {
     "small for cifar": (["--image-size", "4"], "--image-size 4: too small, the cifar stem"),
     "small for imagenet": (
         ["--stem", "imagenet"],
-        "--image-size 8: too small, the imagenet stem*divide it by 32",
+        "--image-size 16: too small, the imagenet stem*divide it by 32",
     ),
     "too few classes": (["--num-classes", "5"], "--num-classes 5: digits has 10 classes"),
     "labels beyond": (
