@@ -1350,7 +1350,8 @@ def test_same_command_same_losses():
 BERT = dict(data=(JSON,), val_docs=1, tokenizer="bpe:300", seq_len=32, n_layer=2, n_head=2, n_embd=32)
 BERT |= dict(steps=12, batch_size=128, optimizer="adamw", lr=1e-2, warmup_steps=2, eval_every=6, log_every=1)
 BERT |= dict(ckpt_every=3)
-CLASSIFY = BERT | dict(task="classify", val_docs=None, batch_size=16, steps=60, eval_every=30, ckpt_every=20)
+CLASSIFY = BERT | dict(task="classify", pre_norm=False, val_docs=None, batch_size=16, steps=60)
+CLASSIFY |= dict(eval_every=30, ckpt_every=20)
 
 
 def tiny_bert(seed=0, pre_norm=False, head="mlm", dtype="float32", remat=False, **changes):
