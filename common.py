@@ -667,7 +667,7 @@ class Prefetch:
 
     def close(self):
         self.closed.set()
-        self.thread.join(timeout=1)
+        self.thread.join(timeout=2)
 
 
 # ---- devices ----
