@@ -780,7 +780,12 @@ def run_mteb(model, tokenizer, tasks, cfg):
             return embed(model, tokenizer, texts, cfg.pooling)
 
     cache = mteb.ResultCache(cfg.out_dir or "out/mteb")
-    found = mteb.evaluate(Encoder(), tasks, cache=cache, overwrite_strategy="always")
+    try:
+        found = mteb.evaluate(Encoder(), tasks, cache=cache, overwrite_strategy="always")
+    except Exception as error:  # mteb downloads its tasks
+        if not common.is_transient(error):
+            raise
+        raise common.RunError(f"--mteb {' '.join(cfg.mteb)}: {common.first_line(error)}") from error
     return {result.task_name: float(result.get_score()) for result in found.task_results}
 
 

@@ -232,8 +232,9 @@ def decode(source, crop, classes, batch):
     rows = {"image": [], "label": []}
     found = DECODERS.map(attempt, batch["image"], batch["record"])
     for image, label, record in zip(found, batch["label"], batch["record"]):
-        expect(label < classes, f"--num-classes {classes}: record {record} has the label {label}")
-        if isinstance(image, Exception):
+        if label >= classes:
+            source.skip(record, f"label is {label}, expected a class from 0 to {classes - 1}")
+        elif isinstance(image, Exception):
             source.skip(record, common.first_line(image))
         elif image is not None:
             rows["image"].append(image)

@@ -1202,7 +1202,7 @@ def typed(monkeypatch, capsys, script, *args):
 def test_every_preset_has_help_and_trains(preset):
     helping = launch("gpt_train.py", "--preset", preset, "--help")
     small = dict(preset=preset, data=(JSON,), data_name=("x",), val_docs=1, tokenizer="bpe:300", seq_len=64)
-    small |= dict(n_layer=1, batch_size=4, accum=2, steps=2, sample_every=0)
+    small |= dict(n_layer=1, n_head=2, n_embd=64, batch_size=4, accum=2, steps=2, sample_every=0)
     code, _, err = run("gpt_train.py", *flags(**small))
     assert code == 0, err
     assert [line["step"] for line in lines("out/gpt-001")] == [2]
@@ -2349,6 +2349,10 @@ def test_corrupt_pictures_are_skipped_and_counted(capfd):
     *_, (_, position) = islice(common.batches([epoch], 30), 4)  # two epochs of 60
     assert position["bad"] in (7, 8), "the last ones may stand behind the last good picture"
     assert capfd.readouterr().err.count("data: skipped record") >= 8
+    batch = {"image": [b"", b""], "label": [0, 1], "record": [4, 5]}
+    rows = resnet_stream.decode(train[0][0], lambda data, record: np.zeros((8, 8, 3)), 1, batch)
+    assert rows["label"] == [0]
+    assert "label is 1, expected a class from 0 to 0" in capfd.readouterr().err
 
 
 # ---- resnet_stream.py: the model against transformers' PyTorch ResNet ----
