@@ -51,7 +51,7 @@ class Config:
     # data
     data: tuple[str, ...] = (
         "stdlib",
-    )  # stdlib (Python's own source, offline), hub ids, files, URLs, folders
+    )  # stdlib (Python's own source, offline), synthetic (random), hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
@@ -87,6 +87,9 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     fsdp: bool = False  # shard parameters and optimizer state over the devices
     # run
+    coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
+    num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
+    process_id: int | None = None  # which of them this one is
     out_dir: str | None = None  # directory of the run; else the next free out/bert-001, out/bert-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir, or the file of --embed, and start again
@@ -95,6 +98,7 @@ class Config:
     eval_batches: int = 0  # batches of validation rows; 0 takes all of val_docs
     ckpt_every: int = 250  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
+    profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
     wandb: str | None = None  # project on Weights & Biases to log to
     # use
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text with a [MASK]; repeatable
@@ -541,7 +545,9 @@ def from_pretrained(path, *, head="any", new_head=False, dtype="float32", remat=
 
 def save_pretrained(model, folder, tokenizer=None):
     """Write config.json, model.safetensors and the tokenizer: what transformers' AutoModels read."""
-    weights = {name: np.asarray(p[...]) for name, p in checkpoint_names(model).items()}
+    weights = {name: common.to_host(p[...]) for name, p in checkpoint_names(model).items()}
+    if jax.process_index():
+        return
     weights = {name: np.ascontiguousarray(w.T) if is_kernel(name) else w for name, w in weights.items()}
     table = "bert.embeddings.word_embeddings.weight"
     weights[table] = weights[table][: model.config.vocab_size]
@@ -689,10 +695,10 @@ def flops_per_token(model, length, batch):
 EXAMPLES = {"stdlib": ("for i in [MASK](10):",), "english": ("The capital of France is [MASK].",)}
 
 
-@nnx.jit
-def _mask_probabilities(model, tokens, mask, row, at):
-    hidden = model(tokens, mask)
-    return jax.nn.softmax(model.mlm_logits(hidden[row, at]))
+@partial(nnx.jit, static_argnums=5)
+def _likeliest(model, tokens, mask, row, at, k):
+    logits = model.mlm_logits(model(tokens, mask)[row, at])
+    return jax.lax.top_k(jax.nn.softmax(logits), k)
 
 
 def encode_prompts(tokenizer, texts, positions):
@@ -720,7 +726,7 @@ def fill_mask(model, tokenizer, texts, k=5):
     tokens = pad(ids, bucket(lengths.max(), positions), tokenizer.pad_token_id)
     masks = np.argwhere(tokens == tokenizer.mask_token_id)
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
-    p, best = jax.lax.top_k(_mask_probabilities(model, tokens, mask, *masks.T), k)
+    p, best = map(common.to_host, _likeliest(model, tokens, mask, *masks.T, k))
     for (row, at), probabilities, candidates in zip(masks, p.tolist(), best.tolist()):
         before, after = ids[row][1:at], ids[row][at + 1 : -1]
         filled = [tokenizer.decode([*before, token, *after]) for token in candidates]
@@ -955,11 +961,14 @@ def main(cfg):
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg.accum, schedule, prepare)
-    eval_step = jax.jit(lambda state, batch: eval_sums(nnx.merge(graphdef, state)[0], batch))
-    put = lambda batch: common.shard_batch(mesh, batch if mlm else narrow(batch))
+    sums = lambda state, batch: eval_sums(nnx.merge(graphdef, state)[0], batch)
+    eval_step = jax.jit(sums, out_shardings=common.replicated(mesh))
+    whole = mlm or jax.process_count() > 1  # processes must agree on a batch's width
+    put = lambda batch: common.shard_batch(mesh, batch if whole else narrow(batch))
+    put_whole = lambda batch: common.shard_whole_batch(mesh, batch if mlm else narrow(batch))
 
     def validate(state):
-        return evaluate(eval_step, state, val_batch, cfg.batch_size, put)
+        return evaluate(eval_step, state, val_batch, cfg.batch_size, put_whole)
 
     print(f"data       {data}, validation on {n} documents of {val_name}")
     print(f"baseline   {baseline}")
@@ -976,10 +985,17 @@ def main(cfg):
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
     run = common.Run("bert", cfg, common.fingerprint(train) | {"tokenizer": digest}, write_folder)
     step, state, position = run.restore(state)
-    rows = training_rows if mlm else partial(labelled_rows, classes=classes, cut=cut)
-    epochs = [partial(rows, source, tokenizer, cfg, val_set) for source in train]
-    how = dict(seed=cfg.seed, weights=cfg.data_weights, position=position, retries=cfg.retries)
-    stream = common.batches(epochs, cfg.batch_size, **how)
+    make_rows = training_rows if mlm else partial(labelled_rows, classes=classes, cut=cut)
+    epochs = [partial(make_rows, source, tokenizer, cfg, val_set) for source in train]
+    rows, how = cfg.batch_size // jax.process_count(), dict(seed=cfg.seed, position=position)
+    if cfg.data == ("synthetic",):
+        columns = {"tokens": ((T,), 0, len(tokenizer), np.int32)}
+        if not mlm:
+            columns |= dict(lengths=((), T, T + 1, np.int32), targets=((), 0, len(classes), np.int32))
+        stream = common.synthetic_batches(columns, rows, **how)
+    else:
+        how |= dict(weights=cfg.data_weights, retries=cfg.retries)
+        stream = common.batches(epochs, rows, **how)
     stream = common.Prefetch(stream, depth=128, stop=lambda: run.stop)
 
     N = sum(p.size for p in jax.tree.leaves(nnx.state(model)))

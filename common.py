@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from glob import glob
 from importlib.metadata import version
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -52,6 +53,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was 
 import datasets  # noqa: E402
 import fsspec  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import pyarrow as pa  # noqa: E402
@@ -61,7 +63,9 @@ from datasets.exceptions import DatasetsError  # noqa: E402
 from datasets.utils.file_utils import xopen  # noqa: E402
 from huggingface_hub import snapshot_download  # noqa: E402
 from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -121,20 +125,62 @@ def cli(Config, presets, main, doc):
             changes = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
             }  # json has no tuple
-        main(tyro.cli(Config, default=Config(**changes), prog=f"{script}.py", description=doc))
+        cfg = tyro.cli(Config, default=Config(**changes), prog=f"{script}.py", description=doc)
+        join_processes(cfg)
+        main(cfg)
         code = 0
     except (UsageError, RunError) as error:
         print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            why = "out of memory on the device; try a higher --accum, --remat, or --fsdp on several devices"
+        elif jax.process_count() > 1:  # what the collectives say of it is of many kinds
+            why = f"process {jax.process_index()} lost another one; start all again with --resume"
+            why += f" ({first_line(error)})"
+        else:
+            raise
+        print(f"{script}.py: {why}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print(f"{script}.py: interrupted", file=sys.stderr)
         code = 130
     except SystemExit as stop:
         code = stop.code
-    if any(thread.name == "prefetch" for thread in threading.enumerate()):
+    alone = code and jax.distributed.is_initialized()  # others may never come to say goodbye
+    if alone or any(thread.name == "prefetch" for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(code)  # one that still waits for the network would crash the interpreter on its way out
     sys.exit(code)
+
+
+def join_processes(cfg):
+    """Make this process one of many where the flags or the launcher (SLURM, Open MPI, GKE) say so.
+
+    From then on only process 0 prints.
+    """
+    named = " ".join(f"{flag(n)} {getattr(cfg, n)}" for n in ("coordinator", "num_processes", "process_id"))
+    count = [int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    launched = max(count) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    how, given = {}, [value is not None for value in (cfg.num_processes, cfg.process_id)]
+    if cfg.coordinator in (None, "auto"):
+        expect(not any(given), f"{named}: the number and the id need --coordinator HOST:PORT")
+        if cfg.coordinator is None and not launched:
+            return
+    else:
+        address = re.fullmatch(r".+:\d+", cfg.coordinator) and all(given)
+        expect(address, f"{named}: expected HOST:PORT of process 0, how many there are, and which this is")
+        fits = 0 <= cfg.process_id < cfg.num_processes
+        expect(fits, f"{named}: ids go from 0 to {cfg.num_processes - 1}")
+        how = dict(coordinator_address=cfg.coordinator, num_processes=cfg.num_processes)
+        how |= dict(process_id=cfg.process_id, cluster_detection_method="deactivate")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
+    try:
+        jax.distributed.initialize(**how, heartbeat_timeout_seconds=30)
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"{named}: could not join the other processes: {first_line(error)}") from error
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def check(cfg, *at_least_one):
@@ -293,6 +339,9 @@ def open_data(cfg, columns, data=None, option="--data"):
     data = cfg.data if data is None else data
     data = (data,) if isinstance(data, str) else data
     expect(data, f"{option}: names no data")
+    if "synthetic" in data:
+        expect(len(data) == 1, f"{option} {' '.join(data)}: synthetic does not mix with other data")
+        return [open_synthetic(columns)]
     expect(len(names) in (0, len(data)), f"--data-name {' '.join(names)}: one for each --data, - for none")
     weights = f"--data-weights {' '.join(map(str, cfg.data_weights))}"
     expect(len(cfg.data_weights) in (0, len(cfg.data)), f"{weights}: one for each --data")
@@ -300,6 +349,46 @@ def open_data(cfg, columns, data=None, option="--data"):
     return [
         open_source(d, n, columns, option, cfg.retries) for d, n in zip(data, names or [None] * len(data))
     ]
+
+
+def open_synthetic(columns):
+    """{split: Source} of what stands in for data with --data synthetic: random words or pixels."""
+
+    def read(files):
+        for number in files:
+            rng, row = np.random.default_rng(number), {"label": number % 2}
+            if "image" in columns:
+                pixels = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(png := BytesIO(), "png")
+                row["image"] = png.getvalue()
+            else:
+                words = rng.integers(97, 123, (200, 5), np.uint8)  # a to z
+                row["text"] = " ".join(word.tobytes().decode() for word in words)
+            yield row
+
+    # validation has its own pictures; of texts the first ones are taken
+    splits = {"train": list(range(2_000))} | ({"validation": list(range(256))} if "image" in columns else {})
+    splits, _, _ = open_files(read, splits)
+    how = dict(rank=jax.process_index(), world=jax.process_count())
+    found = dict(data="synthetic", data_name=None, columns={role: role for role in columns}, files="")
+    return {split: Source(ds, found["columns"], found, **how) for split, ds in splits.items()}
+
+
+def synthetic_batches(columns, batch_size, *, seed, position):
+    """What `batches` gives, of random rows: no reading, no decoding.
+
+    `columns`: {name: (shape of a row, low, high, dtype)}. A device's rows are the same in any process.
+    """
+    n, local = position["batch"] if position else 0, jax.local_device_count()
+    devices = range(jax.process_index() * local, (jax.process_index() + 1) * local)
+    while True:
+        batch = {name: [] for name in columns}
+        for device in devices:
+            rng = np.random.default_rng([seed, n, device])
+            for name, (shape, low, high, dtype) in columns.items():
+                batch[name].append(rng.integers(low, high, (batch_size // local, *shape), dtype))
+        batch, n = {name: np.concatenate(parts) for name, parts in batch.items()}, n + 1
+        yield batch, {"batch": n, "bad": 0, "sources": []}
 
 
 def mix(sources, weights=()):
@@ -689,9 +778,56 @@ def make_mesh():
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def replicated(mesh):
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def shard_batch(mesh, batch):
-    """Put host arrays (B, ...) on the mesh, cut along B."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """Put this process's rows of a batch, host arrays (B / processes, ...), on the mesh, cut along B."""
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, cut)
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, cut), batch)
+
+
+def shard_whole_batch(mesh, batch):
+    """The same of host arrays (B, ...) that every process holds whole."""
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, cut)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, cut, x.__getitem__), batch)
+
+
+def to_host(array):
+    """A whole array, wherever its pieces are, as numpy; every process must ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def gather(value):
+    """The JSON `value` of every process, in a list."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def on_first(function):
+    """What `function` returns on process 0, which alone calls it, as JSON; or raise its UsageError."""
+    if jax.process_count() == 1:
+        return function()
+    found = {}
+    if jax.process_index() == 0:
+        try:
+            found = {"value": function()}
+        except UsageError as error:
+            found = {"error": str(error)}
+    found = gather(found)[0]
+    expect("error" not in found, found.get("error"))
+    return found["value"]
 
 
 def shard_state(mesh, state, fsdp):
@@ -745,6 +881,7 @@ def read_weights(folder, path):
 # flags that may change when a run goes on; every other one is part of what its checkpoints mean
 FREE = "steps accum lr min_lr warmup_steps weight_decay grad_clip dropout remat fsdp out_dir resume overwrite"
 FREE += " retries keep log_every eval_every eval_batches sample_every ckpt_every wandb"
+FREE += " coordinator num_processes process_id profile"
 FREE += " prompt max_new_tokens temperature top_k top_p momentum label_smoothing mixup"
 
 
@@ -772,6 +909,17 @@ def flatten(state):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}, tree
 
 
+COMPILED = [0.0]  # seconds that compiling took
+
+
+def note_compilation(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+        COMPILED[0] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
 class Run:
     """A run directory: run.json, metrics.jsonl, curves.png, ckpt/STEP. It never takes over what is not ours.
 
@@ -782,25 +930,34 @@ class Run:
     def __init__(self, kind, cfg, data, prepare):
         if cfg.wandb:
             expect(importlib.util.find_spec("wandb"), f"--wandb {cfg.wandb}: needs `pip install wandb`")
-        self.cfg, self.stop, self.handlers = cfg, None, {}
-        self.dir = self.claim(kind)
+        self.cfg, self.stop, self.asked, self.handlers = cfg, None, 0, {}
+        self.leads, self.votes = jax.process_index() == 0, deque()
         info = json.loads(json.dumps(dict(config=dataclasses.asdict(cfg), data=data)))  # tuples as lists
-        if cfg.resume:
+        same = all(found == info["data"] for found in gather(info["data"]))
+        expect(same, "--data: the processes see other data; all need the same files and the same flags")
+        self.dir = Path(on_first(partial(self.begin, kind, info, prepare)))
+        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep)
+        self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
+        self.saved = self.checkpoints.latest_step()
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def begin(self, kind, info, prepare):
+        """Claim the directory, or with --resume check it, and describe the run in it; its path."""
+        self.dir = self.claim(kind)
+        if self.cfg.resume:
             self.check_unchanged(read_run(self.dir), info)
         else:
             prepare(self.dir)
-        info["config"] |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
+        info["config"] |= dict(out_dir=str(self.dir), resume=False, overwrite=False, profile=None)
+        info["config"] |= dict(coordinator=None, num_processes=None, process_id=None)
         info |= dict(device=jax.devices()[0].device_kind, devices=jax.device_count())
         info |= {
             name: version(name) for name in ("jax", "flax", "optax", "datasets", "transformers", "numpy")
         }
         info |= dict(python=platform.python_version())
         write_atomic(self.dir / "run.json", json.dumps(info, indent=1) + "\n")
-        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep)
-        self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
-        self.saved = self.checkpoints.latest_step()
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return str(self.dir)
 
     def claim(self, kind):
         """The directory of this run: a new numbered one, or --out-dir where that is free or ours to take."""
@@ -832,7 +989,9 @@ class Run:
             expect(value == was, f"--resume: {changed}; it would go on with other rows")
 
     def on_signal(self, number, _frame):
-        self.stop = number
+        self.asked = number
+        if jax.process_count() == 1:
+            self.stop = number
         signal.signal(number, self.handlers[number])  # a second one ends at once
         name = signal.Signals(number).name
         tqdm.write(f"{name}: saving after this step; once more to quit at once", file=sys.stderr)
@@ -842,7 +1001,8 @@ class Run:
         steps, step = self.cfg.steps, self.saved or 0
         expect(step <= steps, f"--steps {steps}: the run in {self.dir} is at step {step} already")
         lines = [line for line in self.read_lines() if line["step"] <= step]  # the rest comes again
-        write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if self.leads:
+            write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         self.last = lines[-1] if lines else {}
         if self.saved is None:
             return 0, state, None
@@ -851,14 +1011,15 @@ class Run:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
         found = self.checkpoints.restore(self.saved, args=args)
         state = jax.tree.unflatten(tree, [found["state"][name] for name in flat])
-        return self.saved, state, found["position"]
+        return self.saved, state, found["position"][jax.process_index()]
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""
         self.flush()
         step, state, position = self.latest
         if step != self.saved:
-            args = dict(state=ocp.args.StandardSave(flatten(state)[0]), position=ocp.args.JsonSave(position))
+            positions = ocp.args.JsonSave(gather(position))
+            args = dict(state=ocp.args.StandardSave(flatten(state)[0]), position=positions)
             self.checkpoints.save(step, args=ocp.args.Composite(**args))
             self.saved = step
 
@@ -879,8 +1040,13 @@ class Run:
         self.pending, self.due, self.first, self.latest = [], None, step + 1, None
         self.mark = np.array([step, time.perf_counter(), 0])  # step, time and seconds waited at the last line
         self.timed = np.zeros(3)  # the same, summed over all lines but the first, which holds the compilation
-        self.bar = tqdm(total=self.cfg.steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
-        if self.cfg.wandb:
+        how = dict(disable=None if self.leads else True, dynamic_ncols=True, unit="step")
+        self.bar = tqdm(total=self.cfg.steps, initial=step, **how)
+        self.compiled, self.profiled = COMPILED[0], None
+        left = f"steps 10 to 15 of a run are recorded, and this one has {self.cfg.steps - step}"
+        expect(not self.cfg.profile or self.cfg.steps - step >= 15, f"--profile {self.cfg.profile}: {left}")
+        self.wandb = None
+        if self.cfg.wandb and self.leads:
             import wandb
 
             names = dict(project=self.cfg.wandb, name=self.dir.name, id=self.dir.name, dir=str(self.dir))
@@ -890,32 +1056,35 @@ class Run:
             if self.latest:
                 self.save()
         except StreamError:
-            if self.latest:
+            if self.latest and jax.process_count() == 1:  # the others wait in the next step
                 self.save()
             raise
         finally:
             stream.close()
             self.bar.close()
+            if self.profiled is False:
+                jax.profiler.stop_trace()
             self.checkpoints.close()  # waits for the last checkpoint
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            if self.cfg.wandb:
+            if self.wandb:
                 self.wandb.finish()
         self.sum_up()
 
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
         steps, seconds, waited = self.timed
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        parts = [f"peak memory {peak / 1e9:.2f} GB", f"{time.perf_counter() - STARTED:.0f} s in all"]
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+        if stats := jax.local_devices()[0].memory_stats():
+            memory += f", of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
+        parts = [memory, f"compiling {COMPILED[0] - self.compiled:.1f} s"]
         if steps:
-            rate = f"{steps * self.per_step / seconds:,.0f} {self.unit}/s"
-            parts = [
-                rate,
-                f"{seconds / steps * 1000:.0f} ms a step",
-                f"data wait {waited / seconds:.2%}",
-                *parts,
-            ]
+            rate = steps * self.per_step / seconds
+            speed = [f"{rate:,.0f} {self.unit}/s", f"{seconds / steps * 1000:.0f} ms a step"]
+            speed += [f"mfu {rate * self.flops / self.peak:.1%}"] if self.peak else []
+            parts = [*speed, f"data wait {waited / seconds:.2%}", *parts]
+        parts.append(f"{time.perf_counter() - STARTED:.0f} s in all")
         print(", ".join(parts))
         if self.stop and (self.saved or 0) < self.cfg.steps:
             where = f"saved at step {self.saved}" if self.saved else "not one step was finished"
@@ -927,6 +1096,11 @@ class Run:
         if self.due:
             self.flush()
         self.latest = step, state, position
+        if jax.process_count() > 1:
+            self.vote()
+        if self.cfg.profile and step - self.first in (8, 14):
+            jax.block_until_ready(metrics)
+            self.record()
         self.pending.append((step, metrics))
         self.bar.update()
         if step == self.first:
@@ -934,6 +1108,24 @@ class Run:
             self.say(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
         if step % self.cfg.log_every == 0 or step % self.cfg.eval_every == 0 or step == self.cfg.steps:
             self.due, self.bad = step, position["bad"]
+
+    def vote(self):
+        """Agree with the other processes on the step to stop after; answers are read two steps later."""
+        mesh = make_mesh()
+        asked = shard_batch(mesh, np.full(jax.local_device_count(), self.asked, np.int32))
+        self.votes.append(jax.jit(jnp.max, out_shardings=replicated(mesh))(asked))
+        if len(self.votes) > 2:
+            self.stop = int(self.votes.popleft()) or None
+
+    def record(self):
+        """Begin a trace for --profile, and end it at the second call."""
+        if self.profiled is None:
+            self.profiled = False
+            jax.profiler.start_trace(self.cfg.profile)
+        else:
+            self.profiled = True
+            jax.profiler.stop_trace()
+            self.say(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
 
     def flush(self, **extra):
         """Fetch the pending metrics, stop at one that is not finite, and write the line that is due."""
@@ -957,16 +1149,17 @@ class Run:
         line |= {"mfu": rate * self.flops / self.peak if self.peak else None, "data_wait": waited / seconds}
         line |= {"bad_records": self.bad}
         self.last, self.due = line | extra, None
-        with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.last) + "\n")
-        if self.cfg.wandb:
+        if self.leads:
+            with open(self.dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.last) + "\n")
+        if self.wandb:
             self.wandb.log(self.last, step=self.last["step"])
         text = f"loss {line['loss']:.3f} lr {line['lr']:.1e} {rate:,.0f} {self.unit}/s"
         text += (f" mfu {line['mfu']:.1%}" if self.peak else "") + f" wait {line['data_wait']:.1%}"
         self.bar.set_postfix_str(text)
         if extra or self.bar.disable:
             self.say(f"step {line['step']}: {text}" + "".join(f" {k} {v:.4f}" for k, v in extra.items()))
-        if extra:
+        if extra and self.leads:
             self.draw()
 
     @contextmanager

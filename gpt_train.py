@@ -43,7 +43,7 @@ class Config:
     # data
     data: tuple[str, ...] = (
         "stdlib",
-    )  # stdlib (Python's own source, offline), hub ids, files, URLs, folders
+    )  # stdlib (Python's own source, offline), synthetic (random), hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
@@ -74,6 +74,9 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     fsdp: bool = False  # shard parameters and optimizer state over the devices
     # run
+    coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
+    num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
+    process_id: int | None = None  # which of them this one is
     out_dir: str | None = None  # directory of the run; else the next free out/gpt-001, out/gpt-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir and start again
@@ -83,6 +86,7 @@ class Config:
     sample_every: int = 250  # print a sample; 0 never does
     ckpt_every: int = 250  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
+    profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
     wandb: str | None = None  # project on Weights & Biases to log to
     # sampling
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text to go on from; repeatable
@@ -319,7 +323,9 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
 
 def save_pretrained(model, folder, tokenizer=None):
     """Write config.json, model.safetensors and the tokenizer: what GPT2LMHeadModel.from_pretrained reads."""
-    weights = {f"transformer.{name}": np.asarray(p[...]) for name, p in checkpoint_names(model).items()}
+    weights = {f"transformer.{name}": common.to_host(p[...]) for name, p in checkpoint_names(model).items()}
+    if jax.process_index():
+        return
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -332,11 +338,54 @@ def save_pretrained(model, folder, tokenizer=None):
 # ---- loss and optimizer ----
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def head_loss(x, embedding, targets, V):
+    """Cross-entropy in nats, summed over the targets (B, T) that are not -1, of the head on x (B, T, C).
+
+    Logits (B, T, V) in float32 would be the largest array of all. They are made for a part of T at a time and
+    differentiated at once, so that none is made twice (Liger-Kernel, arXiv 2410.10989, section 3.2).
+    """
+    parts, nats = cut_for_head(x, targets, V)
+    return jnp.sum(jax.lax.map(lambda part: nats(part[0], embedding, part[1]), parts))
+
+
+def cut_for_head(x, targets, V):
+    """x and targets cut along T into (n, B, T / n, ...), and the function to apply to such a part."""
+    (B, T), most = targets.shape, 2**28 * jax.device_count()  # logits at once: 1 GB on each device
+    n = next((n for n in range(1, T) if T % n == 0 and n * most >= B * T * V), T)
+    cut = lambda a: a.reshape(B, n, T // n, *a.shape[2:]).swapaxes(0, 1)
+
+    def nats(x, embedding, targets):
+        logits = (x @ embedding.astype(x.dtype).T)[..., :V].astype(jnp.float32)
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        return jnp.sum(found * (targets >= 0))
+
+    return (cut(x), cut(targets)), nats
+
+
+def head_loss_fwd(x, embedding, targets, V):
+    parts, nats = cut_for_head(x, targets, V)
+
+    def differentiate(sums, part):
+        loss, (dx, dembedding) = jax.value_and_grad(nats, argnums=(0, 1))(part[0], embedding, part[1])
+        return jax.tree.map(jnp.add, sums, (loss, dembedding)), dx
+
+    (loss, dembedding), dx = jax.lax.scan(differentiate, (jnp.zeros(()), jnp.zeros_like(embedding)), parts)
+    return loss, (dx.swapaxes(0, 1).reshape(x.shape), dembedding)
+
+
+def head_loss_bwd(V, grads, g):
+    dx, dembedding = grads
+    return (g * dx).astype(dx.dtype), g * dembedding, None
+
+
+head_loss.defvjp(head_loss_fwd, head_loss_bwd)
+
+
 def loss_sum(model, tokens, targets, key=None):
     """Cross-entropy in nats, summed over the targets (B, T) that are not -1, and the number of these."""
-    valid = targets >= 0
-    nats = optax.softmax_cross_entropy_with_integer_labels(model(tokens, key), jnp.where(valid, targets, 0))
-    return jnp.sum(nats * valid), jnp.sum(valid)
+    x, _ = model.hidden(tokens, key)
+    return head_loss(x, model.wte.embedding[...], targets, model.config.vocab_size), jnp.sum(targets >= 0)
 
 
 def make_schedule(cfg):
@@ -473,7 +522,7 @@ def complete(model, tokenizer, prompts, cfg, key):
         print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
     tokens = np.array([i + [0] * (longest - len(i)) for i in ids])
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=tokenizer.eos_token_id)
-    out = np.asarray(generate(model, tokens, new, key=key, lengths=lengths, **how))
+    out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **how))
     return [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
 
 
@@ -547,11 +596,12 @@ def main(cfg):
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg.accum, schedule)
-    eval_step = jax.jit(lambda state, x, y: loss_sum(nnx.merge(graphdef, state)[0], x, y))
-    put = partial(common.shard_batch, mesh)
+    sums = lambda state, x, y: loss_sum(nnx.merge(graphdef, state)[0], x, y)
+    eval_step = jax.jit(sums, out_shardings=common.replicated(mesh))
+    put, put_whole = partial(common.shard_batch, mesh), partial(common.shard_whole_batch, mesh)
 
     def validate(state):
-        loss = evaluate(eval_step, state, inputs, targets, cfg.batch_size, put)
+        loss = evaluate(eval_step, state, inputs, targets, cfg.batch_size, put_whole)
         return {"val_loss": loss, "val_bpb": float(loss / math.log(2) * tokens_per_byte)}
 
     if not cfg.steps:
@@ -568,8 +618,13 @@ def main(cfg):
     run = common.Run("gpt", cfg, common.fingerprint(train) | {"tokenizer": digest}, prepare)
     step, state, position = run.restore(state)
     epochs = [partial(training_rows, source, tokenizer, cfg, val_set) for source in train]
-    how = dict(seed=cfg.seed, weights=cfg.data_weights, position=position, retries=cfg.retries)
-    stream = common.batches(epochs, cfg.batch_size, **how)
+    rows, how = cfg.batch_size // jax.process_count(), dict(seed=cfg.seed, position=position)
+    if cfg.data == ("synthetic",):
+        columns = {"ids": ((cfg.seq_len + 1,), 0, len(tokenizer), np.int32)}
+        stream = common.synthetic_batches(columns, rows, **how)
+    else:
+        how |= dict(weights=cfg.data_weights, retries=cfg.retries)
+        stream = common.batches(epochs, rows, **how)
     stream = common.Prefetch(stream, depth=128, stop=lambda: run.stop)
 
     N, T = sum(p.size for p in jax.tree.leaves(nnx.state(model))), cfg.seq_len

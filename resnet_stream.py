@@ -54,7 +54,7 @@ class Config:
     # data
     data: tuple[str, ...] = (
         "digits",
-    )  # digits (offline), hub ids, files, globs or folders; several are mixed
+    )  # digits (offline), synthetic (random), hub ids, files, globs or folders; several are mixed
     data_name: tuple[str, ...] = ()  # configuration of each hub data set
     data_weights: tuple[float, ...] = ()  # share of each --data; equal without
     image_column: str | None = None  # column with the picture; found by its type
@@ -100,6 +100,9 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     fsdp: bool = False  # shard parameters and optimizer state over the devices
     # run
+    coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
+    num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
+    process_id: int | None = None  # which of them this one is
     out_dir: str | None = None  # directory of the run; else the next free out/resnet-001, out/resnet-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir and start again
@@ -108,6 +111,7 @@ class Config:
     eval_batches: int = 0  # batches of validation pictures; 0 takes all
     ckpt_every: int = 150  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
+    profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
     wandb: str | None = None  # project on Weights & Biases to log to
     # prediction
     predict: tuple[str, ...] = ()  # pictures to name; with --steps 0
@@ -300,7 +304,8 @@ def open_digits(seed):
         rows = {"image": [files[i] for i in part], "label": digits.target[part].tolist()}
         ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=4)
         columns = {"image": "image", "label": "label"}
-        sources[split] = common.Source(ds, columns, dict(data="digits", split=split), classes)
+        how = dict(rank=jax.process_index(), world=jax.process_count())
+        sources[split] = common.Source(ds, columns, dict(data="digits", split=split), classes, **how)
     return sources
 
 
@@ -600,9 +605,11 @@ def save_pretrained(model, folder):
     folder, weights = Path(folder), {}
     for name, param in checkpoint_names(model).items():
         theirs = transformers_name(name)
-        weights[theirs] = torch_layout(np.asarray(param[...]))
+        weights[theirs] = torch_layout(common.to_host(param[...]))
         if name.endswith("running_var"):
             weights[theirs.replace("running_var", "num_batches_tracked")] = np.array(0)
+    if jax.process_index():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     kind = "ResNetForImageClassification"
@@ -727,10 +734,10 @@ def exported(graphdef, state):
     return average[0] if average else model
 
 
-def make_eval_step(graphdef):
+def make_eval_step(graphdef, replicated=None):
     """jit: (state, images, labels, -1 where none counts) -> sums of nats, top-1, top-5, 1; guesses (B,)."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated)
     def eval_step(state, images, labels):
         model = exported(graphdef, state)
         logits, valid = model(normalise(images, model.view)), labels >= 0
@@ -845,6 +852,8 @@ def open_sources(cfg):
         found = common.open_data(cfg, columns, cfg.val_data, "--val-data")
         val = [(splits.get("validation", splits.get("test", splits["train"])), 1) for splits in found]
     n, classes = cfg.num_classes, train[0][0].classes
+    if cfg.data == ("synthetic",):
+        n = n or 1_000  # as ImageNet
     for source, _ in (*train, *val):
         unlike = f"{source.fingerprint['data']} has {brief(source.classes)}, {cfg.data[0]} {brief(classes)}"
         expect(source.classes == classes, f"--data: the classes must be the same; {unlike}")
@@ -893,14 +902,17 @@ def main(cfg):
     # model and optimizer, split once: their arrays are the state that the steps hand on
     graphdef, state = make_state(model, cfg, schedule)
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step, eval_step = make_train_step(graphdef, state, cfg, schedule), make_eval_step(graphdef)
-    put = partial(common.shard_batch, mesh)
+    train_step, eval_step = (
+        make_train_step(graphdef, state, cfg, schedule),
+        make_eval_step(graphdef, common.replicated(mesh)),
+    )
+    put, put_whole = partial(common.shard_batch, mesh), partial(common.shard_whole_batch, mesh)
 
     def validate(state):
         batches = validation_batches(val, view, n, cfg.batch_size)
         batches = common.Prefetch(islice(batches, cfg.eval_batches or None), depth=2)
         with closing(batches):
-            return evaluate(eval_step, state, batches, put)
+            return evaluate(eval_step, state, batches, put_whole)
 
     if not cfg.steps:
         result, _ = validate(state)
@@ -912,8 +924,13 @@ def main(cfg):
     run = common.Run("resnet", cfg, found, lambda folder: None)
     step, state, position = run.restore(state)
     epochs = [partial(training_images, s, cfg, view, n, every) for s, every in train]
-    how = dict(seed=cfg.seed, weights=cfg.data_weights, position=position, retries=cfg.retries)
-    stream = common.batches(epochs, cfg.batch_size, **how)
+    rows, how = cfg.batch_size // jax.process_count(), dict(seed=cfg.seed, position=position)
+    if cfg.data == ("synthetic",):
+        columns = dict(image=((S, S, 3), 0, 256, np.uint8), label=((), 0, n, np.int32))
+        stream = common.synthetic_batches(columns, rows, **how)
+    else:
+        how |= dict(weights=cfg.data_weights, retries=cfg.retries)
+        stream = common.batches(epochs, rows, **how)
     # a window of pictures comes in a burst: up to 2 GB of them wait for the device
     depth = int(np.clip(2e9 / (cfg.batch_size * S * S * 3), 2, 128))
     stream = common.Prefetch(stream, depth, stop=lambda: run.stop)
@@ -938,7 +955,8 @@ def main(cfg):
             if step % cfg.eval_every == 0 or last:
                 with run.pause():
                     result, shown = validate(state)
-                    draw_predictions(run.dir / "predictions.png", shown, names)
+                    if run.leads:
+                        draw_predictions(run.dir / "predictions.png", shown, names)
                 run.flush(**result)
             if step % cfg.ckpt_every == 0 or last:
                 run.save()
