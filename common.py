@@ -132,16 +132,6 @@ def cli(Config, presets, main, doc):
     except (UsageError, RunError) as error:
         print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            why = "out of memory on the device; try a higher --accum, --remat, or --fsdp on several devices"
-        elif jax.process_count() > 1:  # what the collectives say of it is of many kinds
-            why = f"process {jax.process_index()} lost another one; start all again with --resume"
-            why += f" ({first_line(error)})"
-        else:
-            raise
-        print(f"{script}.py: {why}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print(f"{script}.py: interrupted", file=sys.stderr)
         code = 130
@@ -909,6 +899,17 @@ def flatten(state):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}, tree
 
 
+def explain(error):
+    """Raise what a JaxRuntimeError of a step means to the user, where that is known."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        advice = "a smaller --batch-size, a higher --accum, --remat, or --fsdp on several devices"
+        raise RunError(f"out of memory on the device; try {advice}: {first_line(error)}") from error
+    if jax.process_count() > 1:  # what the collectives say of it is of many kinds
+        lost = f"process {jax.process_index()} lost another one: {first_line(error)}"
+        print(f"{lost}; start them all again with --resume", file=sys.stderr, flush=True)
+        os._exit(1)  # saving and saying goodbye would wait for it
+
+
 COMPILED = [0.0]  # seconds that compiling took
 
 
@@ -1058,6 +1059,9 @@ class Run:
         except StreamError:
             if self.latest and jax.process_count() == 1:  # the others wait in the next step
                 self.save()
+            raise
+        except jax.errors.JaxRuntimeError as error:
+            explain(error)
             raise
         finally:
             stream.close()

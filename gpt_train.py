@@ -34,6 +34,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+LOGITS = 2**28  # of the head that are in memory at once: 1 GB on each device
 END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we train
 
 
@@ -351,7 +352,7 @@ def head_loss(x, embedding, targets, V):
 
 def cut_for_head(x, targets, V):
     """x and targets cut along T into (n, B, T / n, ...), and the function to apply to such a part."""
-    (B, T), most = targets.shape, 2**28 * jax.device_count()  # logits at once: 1 GB on each device
+    (B, T), most = targets.shape, LOGITS * jax.device_count()
     n = next((n for n in range(1, T) if T % n == 0 and n * most >= B * T * V), T)
     cut = lambda a: a.reshape(B, n, T // n, *a.shape[2:]).swapaxes(0, 1)
 
