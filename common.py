@@ -48,6 +48,10 @@ def tune_malloc():
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
 if SCRIPT in ("gpt_train", "bert_mlm", "resnet_stream"):
     tune_malloc()
+    if (
+        "--mteb" not in sys.argv
+    ):  # else transformers imports torch, where there is one: two seconds, for nothing
+        sys.modules.setdefault("torch", None)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
 import datasets  # noqa: E402
@@ -57,6 +61,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import pyarrow as pa  # noqa: E402
+import transformers  # noqa: E402, F401
 import tyro  # noqa: E402
 from datasets.distributed import split_dataset_by_node  # noqa: E402
 from datasets.exceptions import DatasetsError  # noqa: E402
@@ -68,6 +73,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+if sys.modules.get("torch", "") is None:
+    del sys.modules["torch"]
 
 
 class UsageError(ValueError):
