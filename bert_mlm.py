@@ -46,20 +46,20 @@ SPECIAL = {f"{name}_token": token for name, token in SPECIAL.items()}
 
 @dataclasses.dataclass
 class Config:
-    preset: Literal["stdlib", "bert-mini", "bert-base", "bert-large"] = "stdlib"  # other defaults
+    preset: Literal["stdlib", "bert-mini", "bert-base", "bert-large"] = (
+        "stdlib"  # a recipe: other defaults for the flags below
+    )
     task: Literal["mlm", "classify"] = "mlm"  # pre-train by masked LM, or fine-tune to classify texts
     # data
-    data: tuple[str, ...] = (
-        "stdlib",
-    )  # stdlib (Python's own source, offline), synthetic (random), hub ids, files, URLs, folders
+    data: tuple[str, ...] = ("stdlib",)  # stdlib (Python's source), synthetic, hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
     label_column: str | None = None  # column with the class, an int; found if there is one
     val_data: tuple[str, ...] = ()  # validation source; else the validation split, or data's first documents
-    val_docs: int | None = None  # documents to validate on, never trained on; else 10, to classify 1,000
+    val_docs: int | None = None  # documents to validate on, never trained on; 10, or 1,000 to classify
     tokenizer: str | None = None  # hub id, folder or bpe:N (trained); else init_from's, or bpe:2048
-    seq_len: int | None = None  # tokens in a row, T; else 32, to classify 128
+    seq_len: int | None = None  # tokens in a row, T; 32, or 128 to classify
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
     retries: int = 8  # times in a row that a source that fails is opened again
     # model
@@ -71,13 +71,12 @@ class Config:
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, fills masks or embeds, from init_from
-    batch_size: int | None = None  # rows a step, over all devices; else 128, to classify 32
+    batch_size: int | None = None  # rows a step, over all devices; 128, or 32 to classify
     accum: int = 1  # microbatches that a step is cut into, to fit in memory
     mask_share: float = 0.15  # of a row's tokens to predict
     whole_word: bool = False  # mask all pieces of a word together
-    # muon is for the hidden matrices, the rest stays on adamw; else muon, to classify adamw
-    optimizer: Literal["adamw", "muon"] | None = None
-    lr: float | None = None  # peak learning rate; else 1e-2, to classify 1e-4
+    optimizer: Literal["adamw", "muon"] | None = None  # of hidden matrices; muon, or adamw to classify
+    lr: float | None = None  # peak learning rate; 1e-2, or 1e-4 to classify
     min_lr: float = 0.0  # where the linear decay ends
     warmup_steps: int = 50  # linear, from nothing to lr
     weight_decay: float = 0.01  # on matrices and embeddings only
@@ -89,7 +88,7 @@ class Config:
     # run
     coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
     num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
-    process_id: int | None = None  # which of them this one is
+    process_id: int | None = None  # which of them this one is, from 0
     out_dir: str | None = None  # directory of the run; else the next free out/bert-001, out/bert-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir, or the file of --embed, and start again
@@ -327,7 +326,7 @@ def mask_tokens(key, tokens, rules, *, share=0.15, whole_word=False):
     dice = jax.random.uniform(how_key, (B, M))
     ordinary = tables["ordinary"]
     random = ordinary[jax.random.randint(token_key, (B, M), 0, len(ordinary))]
-    hidden = jnp.where(dice < 0.8, rules["mask"], jnp.where(dice < 0.9, random, targets))
+    hidden = jnp.where(dice < 0.8, tables["mask"], jnp.where(dice < 0.9, random, targets))
     hidden = jnp.where(weights > 0, hidden, targets)
     tokens = jnp.put_along_axis(tokens, positions, hidden, axis=1, inplace=False)
     return dict(tokens=tokens, positions=positions, targets=targets, weights=weights)
@@ -711,10 +710,8 @@ def encode_prompts(tokenizer, texts, positions):
         pieces = encode(tokenizer, [*(piece.rstrip() if lstrip else piece for piece in before), last])
         inner = [token for piece in pieces for token in (*piece.tolist(), mask)][:-1]
         rows.append([tokenizer.cls_token_id, *inner, tokenizer.sep_token_id])
-        expect(
-            len(rows[-1]) <= positions,
-            f"--prompt: {len(rows[-1])} tokens, and there are {positions} positions",
-        )
+        n = len(rows[-1])
+        expect(n <= positions, f"--prompt: {n} tokens, and there are {positions} positions")
     return rows
 
 
@@ -829,9 +826,8 @@ def use(cfg):
             try:
                 tasks.append(mteb.get_task(name))
             except KeyError as error:
-                raise common.UsageError(
-                    f"--mteb {name}: {error.args[0].removeprefix('KeyError: ')}"
-                ) from error
+                why = error.args[0].removeprefix("KeyError: ")
+                raise common.UsageError(f"--mteb {name}: {why}") from error
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
     model = from_pretrained(cfg.init_from, head="mlm" if cfg.prompt else None, dtype=cfg.dtype)
     check_vocabulary(cfg, model.config, tokenizer)
@@ -880,11 +876,13 @@ def build(cfg, tokenizer, classes):
     return model
 
 
-def find_classes(sources, data):
+def find_classes(train, held_out, data):
     """Names of the classes: those that the data set gives, else 0 to the largest of 100,000 labels."""
-    names = sources[0].classes
+    names = train[0].classes
+    same = all(source.classes == names for source in (*train, *held_out))
+    expect(same, f"--data {data}: not all of it, validation included, names the same classes")
     if names is None:
-        labels = {record["label"] for record in islice(common.mix(sources), 100_000)}
+        labels = {record["label"] for record in islice(common.mix(train), 100_000)}
         names = [str(i) for i in range(max(labels) + 1)] if len(labels) > 1 else sorted(labels)
     found = ", ".join(map(str, names)) or "missing"
     expect(len(names) > 1, f"--data {data}: all labels are {found}; expected two classes or more")
@@ -936,7 +934,8 @@ def main(cfg):
     if cfg.val_data:
         found = common.open_data(cfg, columns, cfg.val_data, "--val-data")
         held_out, val_name = [splits["train"] for splits in found], " ".join(cfg.val_data)
-    val = list(islice(common.mix(held_out, cfg.data_weights), cfg.val_docs))
+    weights = () if cfg.val_data else cfg.data_weights  # those are the shares of --data
+    val = list(islice(common.mix(held_out, weights), cfg.val_docs))
     n, val_set = len(val), {record["text"] for record in val}
     few = f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer"
     expect(n == cfg.val_docs or (n and cfg.val_docs == TASKS["classify"]["val_docs"] and not mlm), few)
@@ -945,7 +944,7 @@ def main(cfg):
     expect(not cfg.steps or any(documents()), left)
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:2048"
     tokenizer = load_tokenizer(name, documents())
-    classes, cut = None if mlm else find_classes(train, data), set()
+    classes, cut = None if mlm else find_classes(train, held_out, data), set()
     prepared = prepare_mlm(cfg, tokenizer, val) if mlm else prepare_classify(cfg, tokenizer, val, classes)
     prepare, val_batch, baseline = prepared
     val_batch = {k: x[: cfg.eval_batches * cfg.batch_size or None] for k, x in val_batch.items()}
@@ -970,11 +969,10 @@ def main(cfg):
     def validate(state):
         return evaluate(eval_step, state, val_batch, cfg.batch_size, put_whole)
 
-    print(f"data       {data}, validation on {n} documents of {val_name}")
-    print(f"baseline   {baseline}")
     if not cfg.steps:
         result = validate(state)
-        print(*(f"{name} {value:.4f}" for name, value in result.items()))
+        print(f"baseline   {baseline}")
+        print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {n} documents of {val_name}")
         return result
 
     # the run directory, the newest checkpoint in it, and the stream from where that was
@@ -1004,8 +1002,10 @@ def main(cfg):
     flops = flops_per_token(model, length, val_batch) * (1 if mlm else length)
     print(f"model      {type(model.config).__name__[:-6]}, {N / 1e6:.1f} M parameters, {cfg.dtype}")
     print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(f"data       {data}, validation on {n} documents of {val_name}")
+    print(f"baseline   {baseline}")
     print(f"tokenizer  {name}, {len(tokenizer):,} tokens")
-    print(f"step       {cfg.batch_size} rows x {T} tokens, {cfg.optimizer}")
+    print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
 
     with run.training(step, unit, per_step, flops, stream):

@@ -13,7 +13,6 @@ import os
 import platform
 import queue
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -21,16 +20,22 @@ import sysconfig
 import tarfile
 import threading
 import time
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from glob import glob
 from importlib.metadata import version
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 STARTED = time.perf_counter()
 
@@ -48,9 +53,8 @@ def tune_malloc():
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
 if SCRIPT in ("gpt_train", "bert_mlm", "resnet_stream"):
     tune_malloc()
-    if (
-        "--mteb" not in sys.argv
-    ):  # else transformers imports torch, where there is one: two seconds, for nothing
+    # else transformers imports torch, where there is one: two seconds, for nothing
+    if not any(arg.startswith("--mteb") for arg in sys.argv):
         sys.modules.setdefault("torch", None)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
@@ -132,7 +136,7 @@ def cli(Config, presets, main, doc):
             changes = read_run(out_dir)["config"] | {"out_dir": str(out_dir)}
             changes = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
-            }  # json has no tuple
+            }  # json has lists
         cfg = tyro.cli(Config, default=Config(**changes), prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
@@ -145,6 +149,11 @@ def cli(Config, presets, main, doc):
         code = 130
     except SystemExit as stop:
         code = stop.code
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()  # at the interpreter's own end this process would wait for the others
+        code = 1
     alone = code and jax.distributed.is_initialized()  # others may never come to say goodbye
     if alone or any(thread.name == "prefetch" for thread in threading.enumerate()):
         sys.stdout.flush()
@@ -157,16 +166,17 @@ def join_processes(cfg):
 
     From then on only process 0 prints.
     """
-    named = " ".join(f"{flag(n)} {getattr(cfg, n)}" for n in ("coordinator", "num_processes", "process_id"))
+    given = {n: getattr(cfg, n) for n in ("coordinator", "num_processes", "process_id")}
+    named = " ".join(f"{flag(n)} {v}" for n, v in given.items() if v is not None) or "the launcher"
     count = [int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     launched = max(count) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    how, given = {}, [value is not None for value in (cfg.num_processes, cfg.process_id)]
+    how, numbers = {}, [value is not None for value in (cfg.num_processes, cfg.process_id)]
     if cfg.coordinator in (None, "auto"):
-        expect(not any(given), f"{named}: the number and the id need --coordinator HOST:PORT")
+        expect(not any(numbers), f"{named}: the number and the id need --coordinator HOST:PORT")
         if cfg.coordinator is None and not launched:
             return
     else:
-        address = re.fullmatch(r".+:\d+", cfg.coordinator) and all(given)
+        address = re.fullmatch(r".+:\d+", cfg.coordinator) and all(numbers)
         expect(address, f"{named}: expected HOST:PORT of process 0, how many there are, and which this is")
         fits = 0 <= cfg.process_id < cfg.num_processes
         expect(fits, f"{named}: ids go from 0 to {cfg.num_processes - 1}")
@@ -183,11 +193,13 @@ def join_processes(cfg):
 
 def check(cfg, *at_least_one):
     """What every script asks of its flags; a batch must divide over microbatches and devices."""
-    expect(cfg.retries >= 0, f"--retries {cfg.retries}: must not be negative")
+    for name in ("steps", "retries", "eval_batches", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+        expect(getattr(cfg, name) >= 0, f"{flag(name)} {getattr(cfg, name)}: must not be negative")
     for name in ("batch_size", "accum", "log_every", "eval_every", "ckpt_every", "keep", *at_least_one):
         expect(getattr(cfg, name) > 0, f"{flag(name)} {getattr(cfg, name)}: must be at least 1")
-    expect(cfg.steps >= 0, f"--steps {cfg.steps}: must not be negative")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
+    left = f"steps 10 to 15 of a run are recorded, and this one has {cfg.steps}"
+    expect(not cfg.profile or cfg.steps >= 15, f"--profile {cfg.profile}: {left}")
     expect(0 <= cfg.dropout < 1, f"--dropout {cfg.dropout}: must be in [0, 1)")
     unit, n = cfg.accum * jax.device_count(), cfg.batch_size
     pieces = f"{unit} (--accum {cfg.accum} x {jax.device_count()} devices)"
@@ -344,9 +356,8 @@ def open_data(cfg, columns, data=None, option="--data"):
     weights = f"--data-weights {' '.join(map(str, cfg.data_weights))}"
     expect(len(cfg.data_weights) in (0, len(cfg.data)), f"{weights}: one for each --data")
     expect(all(w > 0 for w in cfg.data_weights), f"{weights}: must be above 0")
-    return [
-        open_source(d, n, columns, option, cfg.retries) for d, n in zip(data, names or [None] * len(data))
-    ]
+    names = names or [None] * len(data)
+    return [open_source(d, n, columns, option, cfg.retries) for d, n in zip(data, names)]
 
 
 def open_synthetic(columns):
@@ -442,10 +453,9 @@ def open_source(data, name, columns, option, retries):
         how = dict(parse=parse, classes=names, retries=retries, rank=jax.process_index(), world=world)
         sources[split] = Source(ds, found, unchanged, **how)
     expect("train" in sources, f"{option} {data}: no train split among {', '.join(sources)}")
-    n = sources["train"].dataset.reshard().num_shards if world > 1 else 1
-    expect(
-        world == 1 or n >= world, f"{option} {data}: {n} shards (files or row groups) for {world} processes"
-    )
+    if world > 1:
+        n = sources["train"].dataset.reshard().num_shards
+        expect(n >= world, f"{option} {data}: {n} shards (files or row groups) for {world} processes")
     return sources
 
 
@@ -673,7 +683,7 @@ class Rows:
                 if self.once:
                     return
                 if not self.ahead and self.state is None:
-                    raise StreamError("all of the data together is too short for one row")
+                    raise StreamError("an epoch without a row: the data is too short, or all held out")
                 self.epoch, self.state, self.ahead = self.epoch + 1, None, 0
             except Exception as error:
                 if isinstance(error, BROKEN):
@@ -785,7 +795,7 @@ def shard_batch(mesh, batch):
     cut = NamedSharding(mesh, PartitionSpec("data"))
     if jax.process_count() == 1:
         return jax.device_put(batch, cut)
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, cut), batch)
+    return jax.make_array_from_process_local_data(cut, batch)
 
 
 def shard_whole_batch(mesh, batch):
@@ -809,7 +819,8 @@ def gather(value):
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(data)))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+    size = -(-int(sizes.max()) // 4096) * 4096  # few sizes are to be compiled
+    rows = multihost_utils.process_allgather(np.pad(data, (0, size - len(data))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
@@ -933,49 +944,52 @@ class Run:
     """A run directory: run.json, metrics.jsonl, curves.png, ckpt/STEP. It never takes over what is not ours.
 
     `stop` is the number of the signal (Ctrl-C, SIGTERM) that asked the run to save and end, or None.
-    `prepare(dir)` writes what a resume needs beside checkpoints, before run.json makes the directory a run.
+    `write_folder(dir)` writes what a resume needs beside checkpoints, before run.json makes it a run.
     """
 
-    def __init__(self, kind, cfg, data, prepare):
+    def __init__(self, kind, cfg, data, write_folder):
         if cfg.wandb:
             expect(importlib.util.find_spec("wandb"), f"--wandb {cfg.wandb}: needs `pip install wandb`")
         self.cfg, self.stop, self.asked, self.handlers = cfg, None, 0, {}
         self.leads, self.votes = jax.process_index() == 0, deque()
         info = json.loads(json.dumps(dict(config=dataclasses.asdict(cfg), data=data)))  # tuples as lists
-        same = all(found == info["data"] for found in gather(info["data"]))
-        expect(same, "--data: the processes see other data; all need the same files and the same flags")
-        self.dir = Path(on_first(partial(self.begin, kind, info, prepare)))
+        mine = info | {"config": info["config"] | dict(coordinator=None, process_id=None)}
+        same = all(theirs == mine for theirs in gather(mine))
+        expect(same, "the processes have other flags or see other data; all need the same")
+        try:
+            self.dir = Path(on_first(partial(self.begin, kind, info, write_folder)))
+        except OSError as error:
+            raise UsageError(f"--out-dir {cfg.out_dir or 'out'}: {error}") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep)
         self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
         self.saved = self.checkpoints.latest_step()
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def begin(self, kind, info, prepare):
+    def begin(self, kind, info, write_folder):
         """Claim the directory, or with --resume check it, and describe the run in it; its path."""
         self.dir = self.claim(kind)
         if self.cfg.resume:
             self.check_unchanged(read_run(self.dir), info)
         else:
-            prepare(self.dir)
+            write_folder(self.dir)
         info["config"] |= dict(out_dir=str(self.dir), resume=False, overwrite=False, profile=None)
         info["config"] |= dict(coordinator=None, num_processes=None, process_id=None)
         info |= dict(device=jax.devices()[0].device_kind, devices=jax.device_count())
-        info |= {
-            name: version(name) for name in ("jax", "flax", "optax", "datasets", "transformers", "numpy")
-        }
-        info |= dict(python=platform.python_version())
+        libraries = ("jax", "flax", "optax", "datasets", "transformers", "numpy")
+        info |= {name: version(name) for name in libraries} | {"python": platform.python_version()}
         write_atomic(self.dir / "run.json", json.dumps(info, indent=1) + "\n")
         return str(self.dir)
 
     def claim(self, kind):
         """The directory of this run: a new numbered one, or --out-dir where that is free or ours to take."""
-        if self.cfg.out_dir is None:
+        while self.cfg.out_dir is None:
             numbers = [path.name.removeprefix(f"{kind}-") for path in Path("out").glob(f"{kind}-*")]
             number = max((int(n) for n in numbers if n.isdigit()), default=0) + 1
             path = Path("out") / f"{kind}-{number:03d}"
-            path.mkdir(parents=True)  # fails where another process was faster
-            return path
+            with suppress(FileExistsError):  # another run was faster
+                path.mkdir(parents=True)
+                return path
         path, ours = Path(self.cfg.out_dir), (Path(self.cfg.out_dir) / "run.json").exists()
         if path.exists() and not self.cfg.resume and (path.is_file() or any(path.iterdir())):
             expect(ours, f"--out-dir {path}: not empty and not a run; choose another directory")
@@ -999,11 +1013,11 @@ class Run:
 
     def on_signal(self, number, _frame):
         self.asked = number
-        if jax.process_count() == 1:
+        if jax.process_count() == 1:  # several agree on it in vote()
             self.stop = number
         signal.signal(number, self.handlers[number])  # a second one ends at once
         name = signal.Signals(number).name
-        tqdm.write(f"{name}: saving after this step; once more to quit at once", file=sys.stderr)
+        tqdm.write(f"{name}: saving soon; once more to quit at once", file=sys.stderr)
 
     def restore(self, state):
         """(step, state, position) of the newest checkpoint, sharded like `state`; or (0, state, None)."""
@@ -1052,8 +1066,6 @@ class Run:
         how = dict(disable=None if self.leads else True, dynamic_ncols=True, unit="step")
         self.bar = tqdm(total=self.cfg.steps, initial=step, **how)
         self.compiled, self.profiled = COMPILED[0], None
-        left = f"steps 10 to 15 of a run are recorded, and this one has {self.cfg.steps - step}"
-        expect(not self.cfg.profile or self.cfg.steps - step >= 15, f"--profile {self.cfg.profile}: {left}")
         self.wandb = None
         if self.cfg.wandb and self.leads:
             import wandb
@@ -1074,7 +1086,7 @@ class Run:
         finally:
             stream.close()
             self.bar.close()
-            if self.profiled is False:
+            if self.profiled == "under way":
                 jax.profiler.stop_trace()
             self.checkpoints.close()  # waits for the last checkpoint
             for number, handler in self.handlers.items():
@@ -1086,8 +1098,9 @@ class Run:
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
         steps, seconds, waited = self.timed
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+        memory, unit = "peak memory unknown", 1 if sys.platform == "darwin" else 1024
+        if resource:
+            memory = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
         if stats := jax.local_devices()[0].memory_stats():
             memory += f", of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
         parts = [memory, f"compiling {COMPILED[0] - self.compiled:.1f} s"]
@@ -1132,10 +1145,10 @@ class Run:
     def record(self):
         """Begin a trace for --profile, and end it at the second call."""
         if self.profiled is None:
-            self.profiled = False
+            self.profiled = "under way"
             jax.profiler.start_trace(self.cfg.profile)
         else:
-            self.profiled = True
+            self.profiled = "done"
             jax.profiler.stop_trace()
             self.say(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
 

@@ -50,37 +50,31 @@ STRIDES = {"imagenet": 32, "cifar": 8}  # by which a stem and the four stages di
 
 @dataclasses.dataclass
 class Config:
-    preset: Literal["digits", "cifar10", "imagenet"] = "digits"  # other defaults
+    preset: Literal["digits", "cifar10", "imagenet"] = (
+        "digits"  # a recipe: other defaults for the flags below
+    )
     # data
-    data: tuple[str, ...] = (
-        "digits",
-    )  # digits (offline), synthetic (random), hub ids, files, globs or folders; several are mixed
-    data_name: tuple[str, ...] = ()  # configuration of each hub data set
-    data_weights: tuple[float, ...] = ()  # share of each --data; equal without
+    data: tuple[str, ...] = ("digits",)  # digits (offline), synthetic, hub ids, files, URLs or folders
+    data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
+    data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     image_column: str | None = None  # column with the picture; found by its type
     label_column: str | None = None  # column with the class; found by its type
-    val_data: tuple[
-        str, ...
-    ] = ()  # validation source; else the validation or test split, or every val_every-th
+    val_data: tuple[str, ...] = ()  # validation source; else the validation or test split, or see val_every
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
     image_size: int = 16  # side of the square that the model sees, S
-    crop: Literal["pad", "resized"] = (
-        "pad"  # training sees shifted pictures, or crops of random area and shape
-    )
+    crop: Literal["pad", "resized"] = "pad"  # training sees shifted pictures, or random parts of them
     crop_pad: int = 2  # pad: shifted by at most so many pixels
     crop_area: float = 0.08  # resized: least share of the picture
     flip: bool = False  # training sees half of the pictures mirrored
     eval_crop: float = 1.0  # share of a picture's short side that evaluation looks at, in the centre
     mixup: float = 0.2  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
     shuffle_buffer: int = 1_000  # pictures, still encoded, that are shuffled together
-    retries: int = 8  # times in a row that a failing source is opened again
+    retries: int = 8  # times in a row that a source that fails is opened again
     # model
     depth: int = 18  # layers: 18, 34, 50, 101 or 152
     width: int = 16  # channels after the stem; 64 is the published network
     stem: Literal["imagenet", "cifar"] = "cifar"  # 7x7 at stride 2 and a pool, or for small pictures 3x3
-    num_classes: int | None = (
-        None  # found from the names of the classes; needed where labels are bare numbers
-    )
+    num_classes: int | None = None  # needed where labels are bare numbers; else found from their names
     dropout: float = 0.0  # on the pooled features
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
@@ -102,7 +96,7 @@ class Config:
     # run
     coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
     num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
-    process_id: int | None = None  # which of them this one is
+    process_id: int | None = None  # which of them this one is, from 0
     out_dir: str | None = None  # directory of the run; else the next free out/resnet-001, out/resnet-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
     overwrite: bool = False  # delete the run in out_dir and start again
@@ -302,7 +296,9 @@ def open_digits(seed):
     order, n, sources = np.random.default_rng(seed).permutation(len(files)), len(files) // 5, {}
     for split, part in {"validation": order[:n], "train": order[n:]}.items():
         rows = {"image": [files[i] for i in part], "label": digits.target[part].tolist()}
-        ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=4)
+        ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(
+            num_shards=max(4, jax.process_count())
+        )
         columns = {"image": "image", "label": "label"}
         how = dict(rank=jax.process_index(), world=jax.process_count())
         sources[split] = common.Source(ds, columns, dict(data="digits", split=split), classes, **how)
@@ -394,9 +390,8 @@ class Basic(nnx.Module):
         self.conv1 = conv(fan_in, fan_out, 3, stride, dtype, rngs)
         self.bn1 = BatchNorm(fan_out, dtype, rngs)
         self.conv2 = conv(fan_out, fan_out, 3, 1, dtype, rngs)
-        self.bn2 = BatchNorm(
-            fan_out, dtype, rngs, scale=0.0
-        )  # a new block is the identity (Goyal et al. 2017)
+        # scale 0: a new block is the identity (Goyal et al. 2017)
+        self.bn2 = BatchNorm(fan_out, dtype, rngs, scale=0.0)
         self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
 
     def __call__(self, x, train):
@@ -411,10 +406,8 @@ class Bottleneck(nnx.Module):
     def __init__(self, fan_in, fan_out, stride, dtype, rngs):
         C = fan_out // 4
         self.conv1, self.bn1 = conv(fan_in, C, 1, 1, dtype, rngs), BatchNorm(C, dtype, rngs)
-        self.conv2, self.bn2 = (
-            conv(C, C, 3, stride, dtype, rngs),
-            BatchNorm(C, dtype, rngs),
-        )  # v1: conv1 strides
+        # v1 has the stride in conv1
+        self.conv2, self.bn2 = conv(C, C, 3, stride, dtype, rngs), BatchNorm(C, dtype, rngs)
         self.conv3, self.bn3 = conv(C, fan_out, 1, 1, dtype, rngs), BatchNorm(fan_out, dtype, rngs, scale=0.0)
         self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
 
@@ -457,10 +450,8 @@ class ResNet(nnx.Module):
             x = nnx.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
         for i in range(1, len(self.config.depths) + 1):
             for block in getattr(self, f"layer{i}"):  # (B, H, W, C), then half of H and W, twice the C
-                again = (
-                    nnx.remat(type(block).__call__, static_argnums=2) if self.remat else type(block).__call__
-                )
-                x = again(block, x, train)
+                call = type(block).__call__
+                x = (nnx.remat(call, static_argnums=2) if self.remat else call)(block, x, train)
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
         if key is not None and self.dropout > 0:
             x = jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
@@ -668,9 +659,7 @@ def make_state(model, cfg, schedule):
 
 def conv_options():
     """Compiler options of a step on a CPU, where XLA's own weight gradients are faster than YNNPACK's."""
-    kinds = (
-        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"  # the default but for convolutions
-    )
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"  # all but convolutions
     options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
     if jax.default_backend() != "cpu":
         return {}
@@ -734,19 +723,13 @@ def exported(graphdef, state):
     return average[0] if average else model
 
 
-def make_eval_step(graphdef, replicated=None):
-    """jit: (state, images, labels, -1 where none counts) -> sums of nats, top-1, top-5, 1; guesses (B,)."""
-
-    @partial(jax.jit, out_shardings=replicated)
-    def eval_step(state, images, labels):
-        model = exported(graphdef, state)
-        logits, valid = model(normalise(images, model.view)), labels >= 0
-        nats = cross_entropy(logits, jnp.maximum(labels, 0))
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
-        hits = best == labels[:, None]
-        return [jnp.sum(x * valid) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
-
-    return eval_step
+def eval_sums(model, images, labels):
+    """Sums over the labels (B,) that are not -1: nats, top-1, top-5, number; and guesses (B,)."""
+    logits, valid = model(normalise(images, model.view)), labels >= 0
+    nats = cross_entropy(logits, jnp.maximum(labels, 0))
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
+    hits = best == labels[:, None]
+    return [jnp.sum(x * valid) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
 
 
 def evaluate(eval_step, state, batches, put):
@@ -800,7 +783,10 @@ def predict(model, pictures, top=5):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "image_size", "shuffle_buffer", "width", "val_every")
+    common.check(cfg, "image_size", "shuffle_buffer", "width")
+    expect(
+        cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or nothing is left to train on"
+    )
     expect(cfg.depth in DEPTHS, f"--depth {cfg.depth}: expected {', '.join(map(str, DEPTHS))}")
     n = cfg.num_classes
     expect(n is None or n > 1, f"--num-classes {n}: must be above 1")
@@ -882,7 +868,7 @@ def read_picture(name):
 
 
 def main(cfg):
-    """Train as `cfg` says and return the last metrics; with steps 0 evaluate or predict."""
+    """Train as `cfg` says and return the last metrics; steps 0 evaluates or predicts. Raises UsageError."""
     check(cfg)
     key, mesh = jax.random.key(cfg.seed), common.make_mesh()
     if cfg.predict:
@@ -902,10 +888,9 @@ def main(cfg):
     # model and optimizer, split once: their arrays are the state that the steps hand on
     graphdef, state = make_state(model, cfg, schedule)
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step, eval_step = (
-        make_train_step(graphdef, state, cfg, schedule),
-        make_eval_step(graphdef, common.replicated(mesh)),
-    )
+    train_step = make_train_step(graphdef, state, cfg, schedule)
+    sums = lambda state, images, labels: eval_sums(exported(graphdef, state), images, labels)
+    eval_step = jax.jit(sums, out_shardings=common.replicated(mesh))
     put, put_whole = partial(common.shard_batch, mesh), partial(common.shard_whole_batch, mesh)
 
     def validate(state):

@@ -70,6 +70,7 @@ def compilation_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"] + "/nanoflax")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_disable_most_optimizations", True)  # in this process only: it compiles faster
 
 
 @pytest.fixture(autouse=True)
@@ -473,7 +474,7 @@ def test_web_that_fails_at_random_changes_no_row(tmp_path, monkeypatch, capfd):
         (source,) = open_train(f"{web.url}/files/{name}")
         whole = read(source)
         monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-        web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.2 else None
+        web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.1 else None
         assert read(source) == whole
         web.fault = lambda path: None
     assert web.faults > 5 and capfd.readouterr().out.count("data:") > 3
@@ -603,7 +604,7 @@ def test_training_rows_hold_the_documents_and_differ_between_epochs():
     tokenizer = gpt_train.load_tokenizer("byte")
     epochs = []
     for epoch in range(2):
-        rows = [tuple(r["ids"]) for r in gpt_train.training_rows(train, tokenizer, cfg, {texts[0]}, epoch)]
+        rows = [tuple(r["tokens"]) for r in gpt_train.training_rows(train, tokenizer, cfg, {texts[0]}, epoch)]
         kept = "".join(tokenizer.decode(row) for row in rows)
         assert len(kept) > 0.98 * sum(len(text) + len(gpt_train.END) for text in texts[1:])
         whole = [tokenizer.decode([*gpt_train.encode(tokenizer, [text])]) for text in texts]
@@ -1180,7 +1181,7 @@ def test_ctrl_c_while_the_hub_is_down_ends_at_once(hub):
 
 
 def typed(monkeypatch, capsys, script, *args):
-    """(exit code, stderr) of a command line, in this process."""
+    """(exit code, stdout, stderr) of a command line, in this process."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *args])
     monkeypatch.setattr(os, "_exit", sys.exit)  # for the sake of a thread that still reads
     try:
@@ -1188,22 +1189,20 @@ def typed(monkeypatch, capsys, script, *args):
         code = 0
     except SystemExit as stop:
         code = stop.code
-    return code, capsys.readouterr().err
+    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("preset", gpt_train.PRESETS)
-def test_every_preset_has_help_and_trains(preset):
-    helping = launch("gpt_train.py", "--preset", preset, "--help")
-    small = dict(preset=preset, data=(JSON,), data_name=("x",), val_docs=1, tokenizer="bpe:300", seq_len=64)
-    small |= dict(n_layer=1, n_head=2, n_embd=64, batch_size=4, accum=2, steps=2, sample_every=0)
-    code, _, err = run("gpt_train.py", *flags(**small))
-    assert code == 0, err
-    assert [line["step"] for line in lines("out/gpt-001")] == [2]
-    text, _ = helping.communicate(timeout=60)
-    assert helping.returncode == 0
+def test_every_preset_has_help_and_trains(preset, monkeypatch, capsys):
+    code, text, _ = typed(monkeypatch, capsys, gpt_train, "--preset", preset, "--help")
+    assert code == 0 and "tokens in a row" in text
     default = gpt_train.PRESETS[preset].get("n_embd", 96)
     assert str(default) in text.split("--n-embd")[1].split("--dropout")[0]
-    assert "tokens in a row" in text
+    small = dict(preset=preset, data=(JSON,), data_name=("x",), val_docs=1, tokenizer="bpe:300", seq_len=64)
+    small |= dict(n_layer=1, n_head=2, n_embd=64, batch_size=4, accum=2, steps=2, sample_every=0)
+    code, _, err = typed(monkeypatch, capsys, gpt_train, *flags(**small))
+    assert code == 0, err
+    assert [line["step"] for line in lines("out/gpt-001")] == [2]
 
 
 BAD = {
@@ -1267,7 +1266,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, monkeypatch, capsys):
     gpt_train.save_pretrained(tiny_model(300), "larger")
     before = sorted(path for path in Path(".").rglob("*"))
     args, message = BAD[case]
-    code, err = typed(monkeypatch, capsys, gpt_train, "--steps", "1", *args)
+    code, _, err = typed(monkeypatch, capsys, gpt_train, "--steps", "1", *args)
     assert code == 2
     head, _, tail = message.partition("*")
     assert head in err and tail in err
@@ -1282,7 +1281,7 @@ def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsy
     args = flags(**TINY | dict(steps=3, out_dir="a"))
     assert typed(monkeypatch, capsys, gpt_train, *args)[0] == 0
     before = losses("a")
-    code, err = typed(monkeypatch, capsys, gpt_train, *args)
+    code, _, err = typed(monkeypatch, capsys, gpt_train, *args)
     assert code == 2 and "holds a run already; --resume to go on with it, --overwrite" in err
     assert losses("a") == before
     for changes, message in {
@@ -1294,12 +1293,12 @@ def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsy
         ("--preset", "gpt2"): "--preset gpt2: the run in a was started with stdlib",
         ("--steps", "2"): "--steps 2: the run in a is at step 3 already",
     }.items():
-        code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", *changes)
+        code, _, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", *changes)
         assert code == 2 and message in err
     info = json.loads(Path("a/run.json").read_text())
     info["data"]["processes"] = 4
     Path("a/run.json").write_text(json.dumps(info))
-    code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")
+    code, _, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")
     assert code == 2 and "processes of the data is 1, and was 4 when a began" in err
     info["data"]["processes"] = 1
     Path("a/run.json").write_text(json.dumps(info))
@@ -1316,7 +1315,7 @@ def test_changed_files_are_not_resumed(monkeypatch, capsys):
     args = flags(**TINY | dict(data=("text.txt",), val_data=("val.txt",), steps=2, out_dir="a"))
     assert typed(monkeypatch, capsys, gpt_train, *args)[0] == 0
     Path("text.txt").write_text("one two three four " * 3000)
-    code, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "4")
+    code, _, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "4")
     assert code == 2 and "files of the data" in err
 
 
@@ -1932,7 +1931,7 @@ def test_embed_writes_a_vector_a_line(small_bert, monkeypatch, capsys):
     assert typed(monkeypatch, capsys, bert_mlm, *args)[0] == 0
     vectors = np.load("texts.npy")
     np.testing.assert_allclose(vectors, bert_mlm.embed(model, tokenizer, ["one", "", "three"]), atol=1e-6)
-    code, err = typed(monkeypatch, capsys, bert_mlm, *args)
+    code, _, err = typed(monkeypatch, capsys, bert_mlm, *args)
     assert code == 2 and "texts.npy exists; --overwrite to replace it" in err
     assert typed(monkeypatch, capsys, bert_mlm, *args, "--overwrite")[0] == 0
 
@@ -1962,7 +1961,7 @@ def test_mteb_gets_an_encoder_and_our_embeddings(small_bert, monkeypatch, capsys
         got = sys.modules["mteb"].got
         np.testing.assert_allclose(got["x"], bert_mlm.embed(model, tokenizer, ["a", "b", "c"]), atol=1e-6)
         assert got["meta"]["name"] == "nanoflax/model" and got["cache"] == "out/mteb"
-        code, err = typed(monkeypatch, capsys, bert_mlm, *args, "STX")
+        code, _, err = typed(monkeypatch, capsys, bert_mlm, *args, "STX")
         assert code == 2 and "--mteb STX: STX not found. Did you mean STS?" in err
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "mteb"]:
@@ -2010,17 +2009,14 @@ def test_bert_run_leaves_a_folder_that_pytorch_loads_and_that_can_be_used(capsys
     np.testing.assert_allclose(model.mlm_logits(model(np.array([ids]))), wanted, atol=1e-4)
 
 
-def test_bert_kill_9_twice_changes_no_loss():
+def test_bert_kill_9_changes_no_loss():
     small = BERT | dict(dropout=0.1, whole_word=True, accum=2, n_layer=1)
     whole = launch("bert_mlm.py", *flags(**small, out_dir="whole"))
-    args, rng = flags(**small, out_dir="killed"), random.Random(0)
-    for step in (4, 8):
-        process = launch("bert_mlm.py", *args)
-        wait_for_step(process, "killed", step)
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        process.wait()
-        args = flags(resume=True, out_dir="killed")
+    process = launch("bert_mlm.py", *flags(**small, out_dir="killed"))
+    wait_for_step(process, "killed", 5)
+    process.kill()
+    process.wait()
+    args = flags(resume=True, out_dir="killed")
     code, _, err = run("bert_mlm.py", *args)
     assert code == 0, err
     assert whole.wait() == 0
@@ -2045,7 +2041,7 @@ def test_classifier_learns_resumes_and_loads_in_pytorch(monkeypatch, capsys):
     with pytest.raises(common.StreamError, match="gone"):
         bert_mlm.main(dataclasses.replace(cfg, out_dir="again"))
     monkeypatch.setattr(common, "batches", batches)
-    code, err = typed(monkeypatch, capsys, bert_mlm, "--resume", "--out-dir", "again")
+    code, _, err = typed(monkeypatch, capsys, bert_mlm, "--resume", "--out-dir", "again")
     assert code == 0, err
     assert bert_losses("again") == bert_losses("whole")
     torch = pytest.importorskip("torch")
@@ -2077,7 +2073,7 @@ def test_class_names_come_from_the_data_and_go_into_the_folder(small_bert):
 def test_every_bert_preset_trains(preset, monkeypatch, capsys):
     small = dict(preset=preset, data=(JSON,), data_name=("-",), val_docs=1, tokenizer="bpe:300", seq_len=32)
     small |= dict(n_layer=1, n_head=2, n_embd=32, batch_size=8, accum=2, steps=2, out_dir="a", pre_norm=True)
-    code, err = typed(monkeypatch, capsys, bert_mlm, *flags(**small))
+    code, _, err = typed(monkeypatch, capsys, bert_mlm, *flags(**small))
     assert code == 0, err
     assert [line["step"] for line in lines("a")] == [2]
     assert json.loads(Path("a/config.json").read_text())["model_type"] == "megatron-bert"
@@ -2166,7 +2162,7 @@ def test_bad_input_to_bert_is_one_line_and_exit_code_2(case, small_bert, monkeyp
         Path(f"{name}.csv").write_text("text,label\n" + "".join(rows))
     before = sorted(path for path in Path(".").rglob("*"))
     args, message = BERT_BAD[case]
-    code, err = typed(monkeypatch, capsys, bert_mlm, "--steps", "1", *args)
+    code, _, err = typed(monkeypatch, capsys, bert_mlm, "--steps", "1", *args)
     assert code == 2 and message in err, err
     assert len(err.strip().splitlines()) == 1
     assert sorted(path for path in Path(".").rglob("*")) == before
@@ -2613,7 +2609,7 @@ def test_evaluation_counts_every_picture_once_whatever_the_batch_size():
     val = resnet_stream.open_digits(0)["validation"]
     model = tiny_resnet(stem="cifar", classes=10, view=resnet_stream.View(8, 8))
     graphdef, state = nnx.split((model, None))
-    step = resnet_stream.make_eval_step(graphdef)
+    step = jax.jit(lambda state, *batch: resnet_stream.eval_sums(nnx.merge(graphdef, state)[0], *batch))
     batches = lambda size: resnet_stream.validation_batches([(val, 1)], model.view, 10, size)
     images, labels = (np.concatenate(x) for x in zip(*batches(50)))
     images, labels = images[labels >= 0], labels[labels >= 0]
@@ -2797,7 +2793,7 @@ def test_bad_input_of_a_resnet_is_one_line_and_exit_code_2(case, bad_folder, mon
     monkeypatch.chdir(bad_folder)
     before = sorted(path for path in Path(".").rglob("*"))
     args, message = RESNET_BAD[case]
-    code, err = typed(monkeypatch, capsys, resnet_stream, "--steps", "1", *args)
+    code, _, err = typed(monkeypatch, capsys, resnet_stream, "--steps", "1", *args)
     assert code == 2
     head, _, tail = message.partition("*")
     assert head in err and tail in err and len(err.strip().splitlines()) == 1
@@ -2814,7 +2810,7 @@ MANY = {
 SYNTHETIC = {
     name: cfg | dict(data=("synthetic",), steps=3, eval_every=3, ckpt_every=3) for name, cfg in MANY.items()
 }
-SYNTHETIC["bert_mlm"] |= dict(fsdp=True)
+SYNTHETIC["gpt_train"] |= dict(fsdp=True)
 SYNTHETIC["resnet_stream"] |= dict(num_classes=3, fsdp=True)
 
 
@@ -2843,19 +2839,35 @@ def assert_same_losses(a, b, rtol):
         np.testing.assert_allclose(x, y, rtol=rtol)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+TWICE = """
+import sys
+import {script} as script
+script.main(script.Config(**{cfg}, fsdp=False, out_dir="copied"))
+script.main(script.Config(**{cfg}, fsdp=True, out_dir="cut"))
+"""
+
+
+def python(code, **env):
+    command, pipes = (
+        [sys.executable, "-c", code],
+        dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+    )
+    return subprocess.Popen(command, env=os.environ | env | dict(PYTHONPATH=str(HERE)), **pipes)
+
+
 @pytest.mark.parametrize("script", [gpt_train, bert_mlm, resnet_stream])
-def test_eight_devices_give_the_losses_of_one(script, fsdp):
+def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script):
     cfg = MANY[script.__name__] | dict(steps=3, eval_every=3)
-    process = launch(f"{script.__name__}.py", *flags(**cfg, out_dir="eight", fsdp=fsdp), **devices(8))
+    process = python(TWICE.format(script=script.__name__, cfg=cfg), **devices(8))
     script.main(script.Config(**cfg, out_dir="one"))
     [(code, out, err)] = finish([process])
     assert code == 0 and "8 x cpu" in out, err
-    # the gradient norm of a new ResNet hangs on differences of its statistics
-    assert_same_losses("one", "eight", rtol=1e-3 if script is resnet_stream else 1e-4)
+    for folder in ("copied", "cut"):
+        # the gradient norm of a new ResNet hangs on differences of its statistics
+        assert_same_losses("one", folder, rtol=1e-3 if script is resnet_stream else 1e-4)
     if script is resnet_stream:
-        again = resnet_stream.main(resnet_stream.Config(steps=0, init_from="eight", batch_size=100))
-        assert again["val_top1"] == lines("eight")[-1]["val_top1"]
+        again = resnet_stream.main(resnet_stream.Config(steps=0, init_from="cut", batch_size=100))
+        assert again["val_top1"] == lines("cut")[-1]["val_top1"]
 
 
 SHARDED = """
@@ -2878,10 +2890,9 @@ for fsdp in (False, True):
 
 def test_fsdp_leaves_an_eighth_of_the_state_on_each_of_eight_devices():
     code = SHARDED.replace("range(300)", "type('T', (), dict(__len__=lambda s: 300, eos_token_id=0))()")
-    how = dict(env=os.environ | devices(8) | dict(PYTHONPATH=str(HERE)), capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-c", code], **how)
-    copied, cut = map(float, done.stdout.split())
-    assert copied == 1 and 1 / 8 <= cut < 0.13, done.stderr
+    [(_, out, err)] = finish([python(code, **devices(8))])
+    copied, cut = map(float, out.split())
+    assert copied == 1 and 1 / 8 <= cut < 0.13, err
 
 
 def test_checkpoint_moves_between_one_and_eight_devices():
@@ -2899,7 +2910,7 @@ def test_checkpoint_moves_between_one_and_eight_devices():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), a["step"]
 
 
-@pytest.mark.parametrize("script", ["gpt_train", "bert_mlm", "resnet_stream"])
+@pytest.mark.parametrize("script", ["gpt_train", "resnet_stream"])
 def test_two_processes_give_the_losses_of_one(script):
     cfg = SYNTHETIC[script]
     two = launch_two(script, **cfg, out_dir="two")
@@ -2945,7 +2956,7 @@ def test_killed_process_ends_the_other_and_resume_goes_on_exactly():
     graphdef, state = nnx.split((model, optimizer))
     step = gpt_train.make_train_step(graphdef, state, cfg.accum, schedule)
     for line in lines("whole")[:4]:
-        rows = np.concatenate([next(stream)[0]["ids"] for stream in streams])
+        rows = np.concatenate([next(stream)[0]["tokens"] for stream in streams])
         state, metrics = step(state, rows, jax.random.key(0))
         assert float(metrics["loss"]) == pytest.approx(line["loss"], rel=1e-4)
 
@@ -2977,10 +2988,10 @@ def test_bad_launch_is_one_line(changes, message):
     assert "Traceback" not in err
 
 
-def test_profile_holds_steps_10_to_15_and_the_last_line_says_how_fast_it_went():
-    cfg = SYNTHETIC["gpt_train"] | dict(steps=16, profile="trace", out_dir="a")
-    code, out, err = run("gpt_train.py", *flags(**cfg))
-    assert code == 0, err
+def test_profile_holds_steps_10_to_15_and_the_last_line_says_how_fast_it_went(capsys):
+    cfg = TINY | dict(data=("synthetic",), n_layer=1, steps=16, eval_every=16, profile="trace", out_dir="a")
+    gpt_train.main(gpt_train.Config(**cfg))
+    out = capsys.readouterr().out
     assert "a profile of steps 10 to 15 is in trace" in out
     [trace] = Path("trace").rglob("*.xplane.pb")
     assert trace.stat().st_size > 10_000
@@ -3001,10 +3012,8 @@ def test_synthetic_rows_are_the_same_in_any_process_and_go_on_after_a_resume():
 
 
 def test_out_of_memory_ends_with_advice():
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
-    big = dict(
-        data="synthetic", tokenizer="byte", seq_len=1024, batch_size=2048, accum=1, n_embd=256, steps=3
-    )
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+    big = dict(data="synthetic", tokenizer="byte", seq_len=1024, batch_size=512, accum=1, steps=3)
     how = dict(preexec_fn=limit, capture_output=True, text=True)
     done = subprocess.run([sys.executable, str(HERE / "gpt_train.py"), *flags(**big)], **how)
     assert done.returncode == 1 and "Traceback" not in done.stderr
