@@ -2636,17 +2636,18 @@ def images_index(images, image):
 # ---- resnet_stream.py: runs ----
 
 
+EVERYTHING = dict(ema=0.9, mixup=0.2, label_smoothing=0.1, dropout=0.1, flip=True)
+
+
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """A short run with everything on, in a folder of its own."""
+    """(folder, last metrics) of a short run with everything on."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    changes = dict(ema=0.9, mixup=0.2, label_smoothing=0.1, dropout=0.1, flip=True, out_dir=str(folder))
-    last = resnet_stream.main(resnet_stream.Config(**RESNET | changes))
-    return folder, last, RESNET | changes
+    return folder, resnet_stream.main(resnet_stream.Config(**RESNET | EVERYTHING, out_dir=str(folder)))
 
 
 def test_resnet_run_leaves_a_model_folder_that_pytorch_loads(digits_run, monkeypatch, tmp_path):
-    folder, last, _ = digits_run
+    folder, last = digits_run
     files = "ckpt config.json curves.png metrics.jsonl model.safetensors modeling_cifar_resnet.py"
     files += " predictions.png preprocessor_config.json run.json"
     assert {*files.split()} <= {path.name for path in folder.iterdir()}
@@ -2669,7 +2670,7 @@ def test_resnet_run_leaves_a_model_folder_that_pytorch_loads(digits_run, monkeyp
 
 
 def test_resnet_is_evaluated_predicts_and_is_fine_tuned(digits_run, capsys):
-    folder, last, _ = digits_run
+    folder, last = digits_run
     again = resnet_stream.main(resnet_stream.Config(steps=0, init_from=str(folder), batch_size=50))
     assert again["val_top1"] == last["val_top1"] and again["val_loss"] == pytest.approx(
         last["val_loss"], rel=1e-4
@@ -2699,16 +2700,18 @@ def resnet_losses(folder):
     return [{name: line[name] for name in exact if name in line} for line in lines(folder)]
 
 
-def test_kill_9_and_resume_of_a_resnet_changes_nothing(digits_run):
-    whole, _, changes = digits_run
-    process = launch("resnet_stream.py", *flags(**changes | dict(out_dir="killed")))
+def test_kill_9_and_resume_of_a_resnet_changes_nothing():
+    args = RESNET | EVERYTHING
+    whole = launch("resnet_stream.py", *flags(**args, out_dir="whole"))
+    process = launch("resnet_stream.py", *flags(**args, out_dir="killed"))
     wait_for_step(process, "killed", 3)
     process.kill()
     process.wait()
     code, _, err = run("resnet_stream.py", *flags(resume=True, out_dir="killed"))
     assert code == 0, err
-    assert resnet_losses("killed") == resnet_losses(whole) and len(lines(whole)) == 6
-    weights = [Path(folder, "model.safetensors").read_bytes() for folder in (whole, "killed")]
+    assert whole.wait() == 0
+    assert resnet_losses("killed") == resnet_losses("whole") and len(lines("whole")) == 6
+    weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("whole", "killed")]
     assert weights[0] == weights[1]
 
 
