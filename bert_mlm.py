@@ -3,7 +3,7 @@
     python bert_mlm.py --steps 1000         # offline: a small BERT on the source of Python's standard library
     python bert_mlm.py --preset bert-base   # BERT-base on FineWeb-Edu, streamed from the Hugging Face hub
     python bert_mlm.py --steps 0 --init-from out/bert-001 --prompt "for i in [MASK](10):"    # fill the mask
-    python bert_mlm.py --task classify --data reviews.csv --init-from out/bert-001           # fine-tune
+    python bert_mlm.py --task classify --data reviews.csv --init-from bert-base-uncased      # fine-tune
 
 Documents are tokenised as they arrive, joined by [SEP] and cut into rows of T - 2 tokens; each row is that
 between [CLS] and [SEP], with no padding. Masks are drawn on the device, keyed by the step: the same number of
@@ -55,8 +55,8 @@ class Config:
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
-    label_column: str | None = None  # column with the class, an int; found if there is one
-    val_data: tuple[str, ...] = ()  # validation source; else the validation split, or data's first documents
+    label_column: str | None = None  # column with the class, an int; found by its type or name
+    val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or first documents
     val_docs: int | None = None  # documents to validate on, never trained on; 10, or 1,000 to classify
     tokenizer: str | None = None  # hub id, folder or bpe:N (trained); else init_from's, or bpe:2048
     seq_len: int | None = None  # tokens in a row, T; 32, or 128 to classify
@@ -77,10 +77,10 @@ class Config:
     whole_word: bool = False  # mask all pieces of a word together
     optimizer: Literal["adamw", "muon"] | None = None  # of hidden matrices; muon, or adamw to classify
     lr: float | None = None  # peak learning rate; 1e-2, or 1e-4 to classify
-    min_lr: float = 0.0  # where the linear decay ends
+    min_lr: float = 0.0  # learning rate at the end, after a straight line
     warmup_steps: int = 50  # linear, from nothing to lr
     weight_decay: float = 0.01  # on matrices and embeddings only
-    grad_clip: float = 1.0  # global norm; 0 does not clip
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
     seed: int = 0  # of the init, the order of the data, masks and dropout
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
@@ -131,16 +131,16 @@ def load_tokenizer(name, documents=()):
         files = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
         tokenizer = AutoTokenizer.from_pretrained(common.snapshot(name, "--tokenizer", files))
         expect(tokenizer.is_fast, f"--tokenizer {name}: has no fast form (tokenizer.json)")
-        for kind in ("mask", "cls", "sep", "pad"):
-            found = getattr(tokenizer, f"{kind}_token") is not None
-            expect(found, f"--tokenizer {name}: has no {kind} token; BERT needs one")
+        for role in ("mask", "cls", "sep", "pad"):
+            found = getattr(tokenizer, f"{role}_token") is not None
+            expect(found, f"--tokenizer {name}: has no {role} token; BERT needs one")
         return tokenizer
     size, special = int(size) if size.isdigit() else 0, list(SPECIAL.values())
     expect(size > 261, f"--tokenizer {name}: expected bpe:N with N above 261, as in bpe:2048")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, spelled as GPT-2 spells them
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, spelled as GPT-2 spells them
     how = dict(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(islice(documents, 10_000), trainers.BpeTrainer(vocab_size=size, **how))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
@@ -152,7 +152,7 @@ def load_tokenizer(name, documents=()):
 def encode(tokenizer, texts):
     """Token ids of each text, without special tokens: "[MASK]" inside a text is text."""
     backend, ids = tokenizer.backend_tokenizer, []
-    if not backend.encode_special_tokens:  # set once: while another thread encodes it must not be touched
+    if not backend.encode_special_tokens:  # set once: while another thread encodes, setting has to wait
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -267,7 +267,8 @@ def narrow(batch):
 
 
 def masking_rules(tokenizer):
-    """What mask_tokens asks of a vocabulary, (V,) bool each: special, begins a word, and ends one.
+    """What mask_tokens asks of a vocabulary: (V,) bool each, special, begins a word, ends one; the ids of
+    ordinary tokens; and that of the mask.
 
     WordPiece: what has no "##" begins a word. Else (byte-level BPE) words are runs of letters and digits, and
     the space before a word is its own: "Ġword".
@@ -389,12 +390,12 @@ class SelfAttention(nnx.Module):
         if key is not None and self.rate > 0:  # the fused kernels know no dropout
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
             scores = scores / math.sqrt(q.shape[-1])
-            scores = scores if seen is None else jnp.where(seen, scores, -1e30)
+            scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
             weights = dropout(jax.nn.softmax(scores), self.rate, key)
             y = jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
         else:
-            fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and mask is None
-            y = jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn" if fused else None)
+            fused = common.attention_kernel(q) if mask is None else None  # a mask would have to be its bias
+            y = jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=fused)
         return y.reshape(B, T, C)
 
 
@@ -455,7 +456,8 @@ class BERT(nnx.Module):
         keys = [None] * (n + 1) if key is None else jax.random.split(key, n + 1)
         x = dropout(self.bert.embeddings(tokens, token_types), rate, keys[n])  # (B, T, C)
         for i, layer in enumerate(self.bert.encoder.layer):
-            x = (jax.checkpoint(layer.__call__) if self.remat else layer)(x, mask, keys[i])
+            layer = jax.checkpoint(layer.__call__) if self.remat else layer
+            x = layer(x, mask, keys[i])
         return self.bert.encoder.ln(x) if is_pre_norm(self.config) else x
 
     def mlm_logits(self, hidden):
@@ -563,7 +565,7 @@ def save_pretrained(model, folder, tokenizer=None):
 # ---- loss and optimizer ----
 
 
-def predict(model, batch, key=None):
+def target_logits(model, batch, key=None):
     """Logits of what a batch asks for: the masked positions (B, M, V), or the class (B, classes)."""
     keys = (None, None) if key is None else jax.random.split(key)
     tokens, lengths = batch["tokens"], batch.get("lengths")  # without lengths nothing is padding
@@ -576,7 +578,7 @@ def predict(model, batch, key=None):
 
 def loss_sum(model, batch, key=None):
     """Cross-entropy in nats and hits, summed over the targets by their weights; and what was predicted."""
-    logits, targets, weights = predict(model, batch, key), batch["targets"], batch["weights"]
+    logits, targets, weights = target_logits(model, batch, key), batch["targets"], batch["weights"]
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     found = jnp.argmax(logits, axis=-1)
     return jnp.sum(nats * weights), jnp.sum((found == targets) * weights), found
@@ -743,14 +745,13 @@ def _embed(model, tokens, lengths, pooling):
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def embed(model, tokenizer, texts, pooling="mean", batch_size=32, max_length=None):
+def embed(model, tokenizer, texts, pooling="mean", batch_size=32):
     """Unit vectors (N, C) float32: the mean over a text's tokens, with [CLS] and [SEP], or that of [CLS].
 
-    Texts of about one length are embedded together. Longer ones than `max_length`, or the model's positions,
-    are cut; how many is printed.
+    Texts of about one length are embedded together. Longer ones than the model's positions are cut; how many
+    is printed.
     """
-    positions = model.config.max_position_embeddings
-    longest = min(max_length or positions, positions)
+    longest = model.config.max_position_embeddings
     rows, cut = encode_whole(tokenizer, texts, longest)
     if cut.any():
         print(f"{cut.sum()} of {len(texts)} texts are longer than {longest} tokens and were cut")
@@ -797,7 +798,7 @@ def run_mteb(model, tokenizer, tasks, cfg):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "val_docs", "seq_len", "shuffle_buffer", "n_layer", "n_head", "n_embd")
+    common.check(cfg, "val_docs seq_len shuffle_buffer n_layer n_head n_embd")
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
     expect(cfg.seq_len > 2, f"--seq-len {cfg.seq_len}: must hold [CLS], [SEP] and a token")
     expect(0 < cfg.mask_share < 1, f"--mask-share {cfg.mask_share}: must be in (0, 1)")
@@ -812,7 +813,7 @@ def use(cfg):
     out, texts = cfg.embed and Path(cfg.embed).with_suffix(".npy"), []
     if cfg.embed:
         expect(Path(cfg.embed).is_file(), f"--embed {cfg.embed}: no such file")
-        texts = Path(cfg.embed).read_text(errors="replace").splitlines()
+        texts = Path(cfg.embed).read_text("utf-8", errors="replace").removesuffix("\n").split("\n")
         expect(any(text.strip() for text in texts), f"--embed {cfg.embed}: is empty, expected a text a line")
         taken = f"--embed {cfg.embed}: {out} exists; --overwrite to replace it"
         expect(cfg.overwrite or not out.exists(), taken)
@@ -871,8 +872,6 @@ def build(cfg, tokenizer, classes):
     norms = f"--{'' if asked else 'no-'}pre-norm: {cfg.init_from} is a {'pre' if found else 'post'}-norm BERT"
     expect(asked in (found, default.pre_norm), norms)
     check_vocabulary(cfg, config, tokenizer)
-    positions = config.max_position_embeddings
-    expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
     return model
 
 
@@ -903,6 +902,7 @@ def prepare_mlm(cfg, tokenizer, records):
 
 def prepare_classify(cfg, tokenizer, records, classes):
     """The same for texts with labels."""
+    records = records[: cfg.eval_batches * cfg.batch_size or None]  # before they are sorted by length
     rows, cut = encode_whole(tokenizer, [record["text"] for record in records], cfg.seq_len)
     labels = np.array([record["label"] for record in records], np.int32)
     other = f"validation has label {labels.max()}, and training {len(classes)} classes"
@@ -912,6 +912,8 @@ def prepare_classify(cfg, tokenizer, records, classes):
     batch = dict(tokens=pad(rows, cfg.seq_len, tokenizer.pad_token_id), targets=labels)
     batch |= dict(lengths=np.array([len(row) for row in rows]), weights=np.ones(len(rows), np.float32))
     share = np.bincount(labels).max() / len(labels)
+    alike = f"all {len(labels)} texts to validate on are {classes[labels[0]]}; shuffle the data"
+    expect(share < 1 or not cfg.steps, f"--val-docs {cfg.val_docs}: {alike}, or give --val-data")
     said = f"{len(classes)} classes: accuracy {share:.3f} by the most frequent alone"
     if cut.any():
         said += f"; {cut.sum()} of {len(rows)} texts are longer than --seq-len {cfg.seq_len} and were cut"
@@ -919,7 +921,7 @@ def prepare_classify(cfg, tokenizer, records, classes):
 
 
 def main(cfg):
-    """Train as `cfg` says and return the last metrics; with steps 0 evaluate or use. Raises UsageError."""
+    """Train as `cfg` says -> the last metrics; with steps 0 evaluate or use. Raises UsageError."""
     cfg = dataclasses.replace(cfg, **{k: v for k, v in TASKS[cfg.task].items() if getattr(cfg, k) is None})
     check(cfg)
     key, mesh, mlm, T = jax.random.key(cfg.seed), common.make_mesh(), cfg.task == "mlm", cfg.seq_len
@@ -930,17 +932,19 @@ def main(cfg):
     columns = {"text": cfg.text_column} | ({} if mlm else {"label": cfg.label_column})
     sources = common.open_data(cfg, columns)
     train, data = [splits["train"] for splits in sources], " ".join((*cfg.data, *cfg.data_name))
-    held_out, val_name = [splits.get("validation", splits["train"]) for splits in sources], data
+    found, val_name = sources, data
     if cfg.val_data:
         found = common.open_data(cfg, columns, cfg.val_data, "--val-data")
-        held_out, val_name = [splits["train"] for splits in found], " ".join(cfg.val_data)
+        val_name = " ".join(cfg.val_data)
+    held_out = [splits.get("validation", splits.get("test", splits["train"])) for splits in found]
     weights = () if cfg.val_data else cfg.data_weights  # those are the shares of --data
     val = list(islice(common.mix(held_out, weights), cfg.val_docs))
     n, val_set = len(val), {record["text"] for record in val}
-    few = f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer"
+    fewer = "ask for fewer, or give --val-data (a text file is one document)"
+    few = f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; {fewer}"
     expect(n == cfg.val_docs or (n and cfg.val_docs == TASKS["classify"]["val_docs"] and not mlm), few)
     documents = lambda: (r["text"] for r in common.mix(train, cfg.data_weights) if r["text"] not in val_set)
-    left = f"--val-docs {n}: leaves no document of {data} to train on; ask for fewer"
+    left = f"--val-docs {n}: leaves no document of {data} to train on; {fewer}"
     expect(not cfg.steps or any(documents()), left)
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:2048"
     tokenizer = load_tokenizer(name, documents())
@@ -957,6 +961,8 @@ def main(cfg):
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer, classes), make_schedule(cfg)
+    positions = model.config.max_position_embeddings
+    expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg.accum, schedule, prepare)
@@ -1007,6 +1013,7 @@ def main(cfg):
     print(f"tokenizer  {name}, {len(tokenizer):,} tokens")
     print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
+    del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(step, unit, per_step, flops, stream):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM

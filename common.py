@@ -121,6 +121,7 @@ def cli(Config, presets, main, doc):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
+    early.add_argument("--data", nargs="*")
     early.add_argument("--out-dir", "--out_dir")
     early.add_argument("--resume", action="store_true")
     early = early.parse_known_args()[0]
@@ -131,6 +132,8 @@ def cli(Config, presets, main, doc):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         changes = {"preset": early.preset} | presets[early.preset] if early.preset in presets else {}
+        if early.data:
+            changes.pop("data_name", None)  # it is of the preset's own data
         if early.resume:
             out_dir = early.out_dir or newest_run(script)
             changes = read_run(out_dir)["config"] | {"out_dir": str(out_dir)}
@@ -191,19 +194,23 @@ def join_processes(cfg):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def check(cfg, *at_least_one):
-    """What every script asks of its flags; a batch must divide over microbatches and devices."""
+def check(cfg, positive):
+    """What every script asks of its flags, and that those named in `positive` are at least 1."""
     for name in ("steps", "retries", "eval_batches", "warmup_steps", "weight_decay", "grad_clip", "seed"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)} {getattr(cfg, name)}: must not be negative")
-    for name in ("batch_size", "accum", "log_every", "eval_every", "ckpt_every", "keep", *at_least_one):
+    positive += " batch_size accum log_every eval_every ckpt_every keep"
+    for name in positive.split():
         expect(getattr(cfg, name) > 0, f"{flag(name)} {getattr(cfg, name)}: must be at least 1")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     left = f"steps 10 to 15 of a run are recorded, and this one has {cfg.steps}"
     expect(not cfg.profile or cfg.steps >= 15, f"--profile {cfg.profile}: {left}")
     expect(0 <= cfg.dropout < 1, f"--dropout {cfg.dropout}: must be in [0, 1)")
-    unit, n = cfg.accum * jax.device_count(), cfg.batch_size
-    pieces = f"{unit} (--accum {cfg.accum} x {jax.device_count()} devices)"
-    expect(n % unit == 0, f"--batch-size {n}: must be a multiple of {pieces}; try {max(1, n // unit) * unit}")
+    n, devices = cfg.batch_size, jax.device_count()
+    unit = cfg.accum * devices
+    fewer = f"--accum {math.gcd(n // devices, cfg.accum)} or " if n % devices == 0 else ""
+    advice = f"try {fewer}--batch-size {max(1, n // unit) * unit}"
+    pieces = f"{unit} (--accum {cfg.accum} x {devices} devices)"
+    expect(n % unit == 0, f"--batch-size {n}: must be a multiple of {pieces}; {advice}")
 
 
 # ---- sources ----
@@ -347,7 +354,6 @@ def open_data(cfg, columns, data=None, option="--data"):
     how.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = how.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
     names = cfg.data_name if data is None else ()
     data = cfg.data if data is None else data
-    data = (data,) if isinstance(data, str) else data
     expect(data, f"{option}: names no data")
     if "synthetic" in data:
         expect(len(data) == 1, f"{option} {' '.join(data)}: synthetic does not mix with other data")
@@ -504,6 +510,7 @@ def open_splits(data, name, option, columns):
     path, files = Path(data).expanduser(), [data]
     if path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if reader_of(p))
+        files = [file for file in files if Path(file).name != "README.md"] or files  # a data set's card
         if "image" in columns and not any(reader_of(p) in TABLES.values() for p in files):
             return open_image_folder(path, f"{option} {data}")
     elif not is_url(data) and not path.is_file():
@@ -513,9 +520,13 @@ def open_splits(data, name, option, columns):
     reader = reader_of(files[0])
     formats = f"{' '.join(READERS)}, also with {' '.join(COMPRESSED)}"
     expect(reader, f"{option} {data}: cannot tell what it is from its name; expected {formats}")
+    kinds = sorted({str(reader_of(file)) for file in files})
+    expect(len(kinds) == 1, f"{option} {data}: holds {', '.join(kinds)}; name one kind, as in '**/*.parquet'")
     splits = {}
     for file in files:
-        words = re.split(r"[^a-z]+", Path(file).stem.lower()) if len(files) > 1 and reader != "text" else []
+        place = Path(file).relative_to(path) if path.is_dir() else Path(Path(file).name)
+        words = re.split(r"[^a-z]+", str(place.with_suffix("")).lower())
+        words = words if len(files) > 1 and reader != "text" else []
         splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(file)
     if reader == "jsonl":  # by the line, so that a corrupt one is but one bad record
         return open_files(read_lines, splits, parse_line)
@@ -778,7 +789,21 @@ PEAK_FLOPS |= {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v
 def peak_flops():
     """bf16 FLOP/s of all devices together, or None where their kind is not in the table."""
     kind = jax.devices()[0].device_kind
-    return next((flops * jax.device_count() for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    known = (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"{name}\b", kind))
+    return next((flops * jax.device_count() for flops in known), None)
+
+
+def attention_kernel(q):
+    """How jax.nn.dot_product_attention is to treat queries (B, T, H, D): "cudnn", or None for XLA's own way.
+
+    cuDNN's kernels are for bfloat16, heads of certain sizes, and NVIDIA's GPUs since Ampere.
+    """
+    (B, _, _, D), device = q.shape, jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # 9.0 of an H100, gfx942 of AMD's
+    recent = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
+    fits = q.dtype == jnp.bfloat16 and D % 8 == 0 and D <= 128
+    cut = B % jax.device_count() == 0  # by rows; a few prompts may come cut by heads, which it refuses
+    return "cudnn" if recent and fits and cut else None
 
 
 def make_mesh():

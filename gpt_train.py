@@ -34,7 +34,6 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-LOGITS = 2**28  # that head_loss makes at once on each device: 1 GB in float32
 END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we train
 
 
@@ -48,7 +47,7 @@ class Config:
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     text_column: str | None = None  # column with the text; found if there is one called text, or only one
-    val_data: tuple[str, ...] = ()  # validation source; else the validation split, or data's first documents
+    val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or first documents
     val_docs: int = 10  # documents to validate on, never trained on
     tokenizer: str | None = None  # hub id, folder, byte or bpe:N (trained); else init_from's, or bpe:4096
     seq_len: int = 128  # tokens in a row, T
@@ -63,13 +62,13 @@ class Config:
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
     batch_size: int = 32  # rows a step, over all devices
-    accum: int = 2  # microbatches that a step is cut into, to fit in memory, and on a CPU in its caches
+    accum: int = 2  # microbatches that a step is cut into, to fit in memory, on a CPU in its caches
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
     lr: float = 1.2e-2  # peak learning rate
-    min_lr: float = 0.0  # where the cosine ends
+    min_lr: float = 0.0  # learning rate at the end, after half a cosine
     warmup_steps: int = 50  # linear, from nothing to lr
     weight_decay: float = 0.1  # on matrices and embeddings only
-    grad_clip: float = 1.0  # global norm; 0 does not clip
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
     seed: int = 0  # of the init, the order of the data, dropout and sampling
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
@@ -84,15 +83,15 @@ class Config:
     log_every: int = 10  # steps between two lines of metrics.jsonl
     eval_every: int = 250  # steps between two validations, which redraw curves.png
     eval_batches: int = 0  # batches of validation rows; 0 takes all of val_docs
-    sample_every: int = 250  # print a sample; 0 never does
+    sample_every: int = 250  # steps between two samples; 0 prints none
     ckpt_every: int = 250  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
     profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
     wandb: str | None = None  # project on Weights & Biases to log to
-    # sampling
+    # use
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text to go on from; repeatable
     max_new_tokens: int = 100  # tokens in a sample, at most
-    temperature: float = 0.8  # 0 takes the likeliest token
+    temperature: float = 0.8  # above 1 more random, below less; 0 takes the likeliest token
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = None  # draw among the likeliest tokens that hold this much probability
 
@@ -139,7 +138,10 @@ def load_tokenizer(name, documents=()):
 def encode(tokenizer, texts):
     """Token ids of the texts, the end token after each, as one flat int array."""
     backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
+    if not backend.encode_special_tokens:  # set once: while another thread encodes, setting has to wait
+        backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
+        backend.no_truncation()
+        backend.no_padding()
     ids = [np.zeros(0, np.uint16 if len(tokenizer) < 1 << 16 else np.int32)]
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
         chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
@@ -212,8 +214,8 @@ class Attention(nnx.Module):
             weights = dropout(jax.nn.softmax(scores), self.attn_pdrop, attn_key)
             y = jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
         else:
-            flash = "cudnn" if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 else None
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=flash)
+            fused = common.attention_kernel(q)
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
         return dropout(self.c_proj(y.reshape(B, T, C)), self.resid_pdrop, resid_key), (k, v)
 
 
@@ -336,6 +338,8 @@ def save_pretrained(model, folder, tokenizer=None):
 
 # ---- loss and optimizer ----
 
+LOGITS = 2**28  # that head_loss makes at once on each device: 1 GB in float32
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def head_loss(x, embedding, targets, V):
@@ -418,7 +422,7 @@ def make_train_step(graphdef, state, accum, schedule):
         model_def, params = nnx.split(model)
         # a microbatch is every accum-th row, so that devices keep their own rows: (accum, B / accum, T + 1)
         tokens = tokens.astype(jnp.int32).reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
-        total = jnp.sum(tokens[..., 1:] >= 0)  # a target weighs the same in whatever microbatch it is
+        total = jnp.sum(tokens[..., 1:] >= 0)  # a target weighs the same in any microbatch
 
         def loss_fn(params, tokens, key):
             return loss_sum(nnx.merge(model_def, params), tokens[:, :-1], tokens[:, 1:], key)[0] / total
@@ -510,12 +514,20 @@ def _generate(model, tokens, lengths, key, max_new_tokens, temperature, top_k, t
     return jax.lax.while_loop(going, step, (1, out, done, caches))[1]
 
 
+def encode_prompts(tokenizer, texts, positions):
+    """Token ids of each text; "" begins a new document. UsageError where there is no room for a new token."""
+    rows = [encode(tokenizer, [text])[:-1].tolist() or [tokenizer.eos_token_id] for text in texts]
+    n = max(map(len, rows), default=0)
+    expect(n < positions, f"--prompt: {n} tokens, and there are {positions} positions")
+    return rows
+
+
 def complete(model, tokenizer, prompts, cfg, key):
-    """Each prompt with what the model makes of it, as text; "" begins a new document."""
-    ids = [encode(tokenizer, [prompt])[:-1].tolist() or [tokenizer.eos_token_id] for prompt in prompts]
-    lengths, positions = [len(i) for i in ids], model.config.n_positions
+    """Each prompt with what the model makes of it, as text."""
+    positions = model.config.n_positions
+    ids = encode_prompts(tokenizer, prompts, positions)
+    lengths = [len(i) for i in ids]
     longest = max(lengths)
-    expect(longest < positions, f"--prompt: {longest} tokens, and the model has {positions} positions")
     new = min(cfg.max_new_tokens, positions - longest)
     if new < cfg.max_new_tokens:
         print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
@@ -530,8 +542,7 @@ def complete(model, tokenizer, prompts, cfg, key):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    counts = "val_docs seq_len shuffle_buffer n_layer n_head n_embd max_new_tokens"
-    common.check(cfg, *counts.split())
+    common.check(cfg, "val_docs seq_len shuffle_buffer n_layer n_head n_embd max_new_tokens")
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
     expect(cfg.temperature >= 0, f"--temperature {cfg.temperature}: must not be negative; 0 is greedy")
     expect(cfg.top_k is None or cfg.top_k > 0, f"--top-k {cfg.top_k}: must be at least 1")
@@ -560,27 +571,29 @@ def build(cfg, tokenizer):
 
 
 def main(cfg):
-    """Train as `cfg` says and return the last metrics; with steps 0 evaluate or sample. Raises UsageError."""
+    """Train as `cfg` says -> the last metrics; with steps 0 evaluate or sample. Raises UsageError."""
     check(cfg)
-    key, mesh = jax.random.key(cfg.seed), common.make_mesh()
-    if cfg.prompt and not cfg.steps:
+    (key, sampling), mesh = jax.random.split(jax.random.key(cfg.seed)), common.make_mesh()
+    if not cfg.steps and cfg.prompt:
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
-        print("\n---\n".join(complete(build(cfg, tokenizer), tokenizer, cfg.prompt, cfg, key)))
+        print("\n---\n".join(complete(build(cfg, tokenizer), tokenizer, cfg.prompt, cfg, sampling)))
         return {}
 
     # the documents to validate on, then the tokenizer
     sources = common.open_data(cfg, {"text": cfg.text_column})
     train, data = [splits["train"] for splits in sources], " ".join((*cfg.data, *cfg.data_name))
-    held_out, val_name = [splits.get("validation", splits["train"]) for splits in sources], data
+    found, val_name = sources, data
     if cfg.val_data:
         found = common.open_data(cfg, {"text": cfg.text_column}, cfg.val_data, "--val-data")
-        held_out, val_name = [splits["train"] for splits in found], " ".join(cfg.val_data)
+        val_name = " ".join(cfg.val_data)
+    held_out = [splits.get("validation", splits.get("test", splits["train"])) for splits in found]
     weights = () if cfg.val_data else cfg.data_weights  # those are the shares of --data
     val_texts = [record["text"] for record in islice(common.mix(held_out, weights), cfg.val_docs)]
     n, val_set = len(val_texts), set(val_texts)
-    expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; ask for fewer")
+    fewer = "ask for fewer, or give --val-data (a text file is one document)"
+    expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; {fewer}")
     documents = lambda: (r["text"] for r in common.mix(train, cfg.data_weights) if r["text"] not in val_set)
-    left = f"--val-docs {n}: leaves no document of {data} to train on; ask for fewer"
+    left = f"--val-docs {n}: leaves no document of {data} to train on; {fewer}"
     expect(not cfg.steps or any(documents()), left)
     name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
     tokenizer = load_tokenizer(name, documents())
@@ -592,6 +605,7 @@ def main(cfg):
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
     positions = model.config.n_positions
     expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
+    encode_prompts(tokenizer, cfg.prompt, positions)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg.accum, schedule)
@@ -635,6 +649,7 @@ def main(cfg):
     print(f"tokenizer  {name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
     print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
+    del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(step, "tokens", cfg.batch_size * T, flops, stream):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
@@ -648,8 +663,8 @@ def main(cfg):
                 run.flush(**result)
             if cfg.sample_every and (step % cfg.sample_every == 0 or last):
                 with run.pause():
-                    model = nnx.merge(graphdef, state)[0]
-                    texts = complete(model, tokenizer, cfg.prompt or [""], cfg, jax.random.key(step))
+                    model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step)
+                    texts = complete(model, tokenizer, cfg.prompt or [""], cfg, sample_key)
                 run.say("\n---\n".join(texts))
             if step % cfg.ckpt_every == 0 or last:
                 run.save()

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import common
-from common import UsageError, expect, flag
+from common import expect, flag
 
 import datasets
 import jax
@@ -45,7 +45,6 @@ from safetensors.numpy import save_file
 from transformers import ResNetConfig
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-STRIDES = {"imagenet": 32, "cifar": 8}  # by which a stem and the four stages divide the side of a picture
 
 
 @dataclasses.dataclass
@@ -54,21 +53,21 @@ class Config:
         "digits"  # a recipe: other defaults for the flags below
     )
     # data
-    data: tuple[str, ...] = ("digits",)  # digits (offline), synthetic, hub ids, files, URLs or folders
+    data: tuple[str, ...] = ("digits",)  # digits (offline), synthetic, hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     image_column: str | None = None  # column with the picture; found by its type
-    label_column: str | None = None  # column with the class; found by its type
-    val_data: tuple[str, ...] = ()  # validation source; else the validation or test split, or see val_every
+    label_column: str | None = None  # column with the class, an int; found by its type or name
+    val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or see val_every
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
-    image_size: int = 16  # side of the square that the model sees, S
+    image_size: int = 16  # side of the square that the model sees, S; left at the default, init_from's
     crop: Literal["pad", "resized"] = "pad"  # training sees shifted pictures, or random parts of them
     crop_pad: int = 2  # pad: shifted by at most so many pixels
     crop_area: float = 0.08  # resized: least share of the picture
     flip: bool = False  # training sees half of the pictures mirrored
-    eval_crop: float = 1.0  # share of a picture's short side that evaluation looks at, in the centre
+    eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; init_from has its own
     mixup: float = 0.2  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
-    shuffle_buffer: int = 1_000  # pictures, still encoded, that are shuffled together
+    shuffle_buffer: int = 1_000  # pictures that are shuffled together, held as files
     retries: int = 8  # times in a row that a source that fails is opened again
     # model
     depth: int = 18  # layers: 18, 34, 50, 101 or 152
@@ -80,15 +79,15 @@ class Config:
     # training
     steps: int = 600  # optimizer steps; 0 only evaluates, or predicts, from init_from
     batch_size: int = 64  # pictures a step, over all devices
-    accum: int = 1  # microbatches that a step is cut into; batch norm sees one at a time
+    accum: int = 1  # microbatches that a step is cut into, to fit in memory; batch norm sees one at a time
     lr: float = 0.1  # peak learning rate
-    min_lr: float = 0.0  # where the cosine ends
+    min_lr: float = 0.0  # learning rate at the end, after half a cosine
     warmup_steps: int = 50  # linear, from nothing to lr
-    momentum: float = 0.9  # Nesterov's
+    momentum: float = 0.9  # of SGD, Nesterov's: share of the last update in the next
     weight_decay: float = 5e-4  # on convolutions and the head, not on norms and biases
     label_smoothing: float = 0.1  # share of the target spread over all classes
     ema: float = 0.99  # decay of a running mean of the weights, then evaluated and exported; 0 keeps none
-    grad_clip: float = 0.0  # global norm; 0 does not clip
+    grad_clip: float = 0.0  # largest norm of the whole gradient; 0 does not clip
     seed: int = 0  # of the init, the order of the data, crops, mixup and dropout
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
@@ -107,8 +106,8 @@ class Config:
     keep: int = 2  # newest checkpoints to keep
     profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
     wandb: str | None = None  # project on Weights & Biases to log to
-    # prediction
-    predict: tuple[str, ...] = ()  # pictures to name; with --steps 0
+    # use
+    predict: tuple[str, ...] = ()  # picture files to classify; with --steps 0
 
 
 CIFAR = dict(data=("uoft-cs/cifar10",), image_size=32, crop_pad=4, flip=True, shuffle_buffer=10_000)
@@ -223,7 +222,11 @@ def decode(source, crop, classes, batch):
 
     def attempt(value, record):
         try:
-            return crop(common.image_bytes(value), record)
+            data = common.image_bytes(value)
+        except FileNotFoundError as error:  # any other fault of disk or network is the stream's to mend
+            return error
+        try:
+            return crop(data, record)
         except Exception as error:  # pillow raises some ten kinds
             return error
 
@@ -318,9 +321,10 @@ def total(x):
 
 @jax.custom_vjp
 def standardise(x, scale, bias):
-    """(x over its standard deviation (B, H, W, C), mean (C,), variance (C,)) in float32, over B, H and W.
+    """(y (B, H, W, C), mean (C,), variance (C,)) in float32: y is (x - mean) / deviation * scale + bias.
 
-    Only y has a gradient. Written out, it is half of the passes over x that autodiff needs.
+    Mean and variance are over B, H and W. Only y has a gradient: written out, it takes half of autodiff's
+    passes over x.
     """
     return standardise_fwd(x, scale, bias)[0]
 
@@ -347,8 +351,8 @@ standardise.defvjp(standardise_fwd, standardise_bwd)
 class BatchNorm(nnx.Module):
     """Ioffe & Szegedy 2015. Statistics are taken and kept in float32, over the batch of all devices."""
 
-    def __init__(self, features, dtype, rngs, scale=1.0):
-        self.scale = nnx.Param(jnp.full(features, scale))
+    def __init__(self, features, dtype, scale=1.0):
+        self.scale = nnx.Param(jnp.full(features, scale, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(features))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
         self.dtype = dtype
@@ -382,16 +386,16 @@ def shortcut(fan_in, fan_out, stride, dtype, rngs):
     """A projection where a block changes the shape (downsample.0 and .1 in torchvision), else nothing."""
     if fan_in == fan_out and stride == 1:
         return nnx.List([])
-    return nnx.List([conv(fan_in, fan_out, 1, stride, dtype, rngs), BatchNorm(fan_out, dtype, rngs)])
+    return nnx.List([conv(fan_in, fan_out, 1, stride, dtype, rngs), BatchNorm(fan_out, dtype)])
 
 
 class Basic(nnx.Module):
     def __init__(self, fan_in, fan_out, stride, dtype, rngs):
         self.conv1 = conv(fan_in, fan_out, 3, stride, dtype, rngs)
-        self.bn1 = BatchNorm(fan_out, dtype, rngs)
+        self.bn1 = BatchNorm(fan_out, dtype)
         self.conv2 = conv(fan_out, fan_out, 3, 1, dtype, rngs)
         # scale 0: a new block is the identity (Goyal et al. 2017)
-        self.bn2 = BatchNorm(fan_out, dtype, rngs, scale=0.0)
+        self.bn2 = BatchNorm(fan_out, dtype, scale=0.0)
         self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
 
     def __call__(self, x, train):
@@ -405,10 +409,10 @@ class Basic(nnx.Module):
 class Bottleneck(nnx.Module):
     def __init__(self, fan_in, fan_out, stride, dtype, rngs):
         C = fan_out // 4
-        self.conv1, self.bn1 = conv(fan_in, C, 1, 1, dtype, rngs), BatchNorm(C, dtype, rngs)
+        self.conv1, self.bn1 = conv(fan_in, C, 1, 1, dtype, rngs), BatchNorm(C, dtype)
         # v1 has the stride in conv1
-        self.conv2, self.bn2 = conv(C, C, 3, stride, dtype, rngs), BatchNorm(C, dtype, rngs)
-        self.conv3, self.bn3 = conv(C, fan_out, 1, 1, dtype, rngs), BatchNorm(fan_out, dtype, rngs, scale=0.0)
+        self.conv2, self.bn2 = conv(C, C, 3, stride, dtype, rngs), BatchNorm(C, dtype)
+        self.conv3, self.bn3 = conv(C, fan_out, 1, 1, dtype, rngs), BatchNorm(fan_out, dtype, scale=0.0)
         self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
 
     def __call__(self, x, train):
@@ -436,7 +440,7 @@ class ResNet(nnx.Module):
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         block = Bottleneck if config.layer_type == "bottleneck" else Basic
         C = config.embedding_size
-        self.conv1, self.bn1 = conv(3, C, size, stride, dtype, rngs), BatchNorm(C, dtype, rngs)
+        self.conv1, self.bn1 = conv(3, C, size, stride, dtype, rngs), BatchNorm(C, dtype)
         for i, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes), 1):
             first = block(C, width, 1 if i == 1 else 2, dtype, rngs)
             rest = [block(width, width, 1, dtype, rngs) for _ in range(depth - 1)]
@@ -459,7 +463,7 @@ class ResNet(nnx.Module):
 
 
 def normalise(images, view):
-    """uint8 (..., 3) -> float32 with ImageNet's, or the view's, mean and deviation."""
+    """uint8 (..., 3) -> float32 with the view's mean and deviation taken out."""
     mean, std = np.array(view.mean, np.float32), np.array(view.std, np.float32)
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
@@ -475,7 +479,8 @@ def checkpoint_names(model):
 
 
 def transformers_name(name):
-    """transformers' name of a tensor, as in layer1.0.conv2: encoder.stages.0.layers.0.layer.1.convolution."""
+    """transformers' name of a tensor: layer1.0.bn2.bias is
+    resnet.encoder.stages.0.layers.0.layer.1.normalization.bias."""
     *_, leaf = name.split(".")
     kind = "convolution" if re.search(r"conv\d|downsample.0", name) else "normalization"
     if m := re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)", name):
@@ -733,7 +738,7 @@ def eval_sums(model, images, labels):
 
 
 def evaluate(eval_step, state, batches, put):
-    """(mean loss, top-1 and top-5 over all pictures, some [picture, label, guess] from all over them)."""
+    """({val_loss, val_top1, val_top5} over all pictures, [(picture, label, guess), ...] of some of them)."""
     sums, shown, n, stride = np.zeros(4), [], 0, 1
     for images, labels in batches:
         parts, guesses = jax.device_get(eval_step(state, put(images), put(labels)))
@@ -744,7 +749,6 @@ def evaluate(eval_step, state, batches, put):
             n += label >= 0
             if len(shown) == 64:  # how many there are is known at the end
                 shown, stride = shown[::2], 2 * stride
-    expect(n, "--val-every: no picture is held out; give a smaller number, or --val-data")
     loss, top1, top5 = sums[:3] / n
     return {"val_loss": float(loss), "val_top1": float(top1), "val_top5": float(top5)}, shown
 
@@ -766,6 +770,9 @@ def draw_predictions(path, shown, classes):
     os.replace(path.with_suffix(".tmp.png"), path)
 
 
+# ---- prediction ----
+
+
 def predict(model, pictures, top=5):
     """[(class, probability), ...] of the likeliest classes for each picture, the bytes of a file."""
     classify = nnx.jit(lambda model, images: jax.nn.softmax(model(normalise(images, model.view))))
@@ -783,10 +790,8 @@ def predict(model, pictures, top=5):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "image_size", "shuffle_buffer", "width")
-    expect(
-        cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or nothing is left to train on"
-    )
+    common.check(cfg, "image_size shuffle_buffer width")
+    expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
     expect(cfg.depth in DEPTHS, f"--depth {cfg.depth}: expected {', '.join(map(str, DEPTHS))}")
     n = cfg.num_classes
     expect(n is None or n > 1, f"--num-classes {n}: must be above 1")
@@ -807,17 +812,17 @@ def build(cfg, classes):
         size = None if cfg.image_size == default.image_size else cfg.image_size
         model = from_pretrained(cfg.init_from, classes=classes, size=size, seed=cfg.seed, **how)
         config = model.config
-        found = dict(depth=depth_of(config), width=config.embedding_size, stem=model.stem)
-        for name, has in found.items():  # left at the default, they are those of the checkpoint
-            asked = getattr(cfg, name)
-            expect(asked in (has, getattr(default, name)), f"{flag(name)} {asked}: {cfg.init_from} has {has}")
+        sizes = dict(depth=depth_of(config), width=config.embedding_size, stem=model.stem)
+        for name, found in sizes.items():  # left at the default, they are those of the checkpoint
+            asked, wrong = getattr(cfg, name), f"{cfg.init_from} has {found}"
+            expect(asked in (found, getattr(default, name)), f"{flag(name)} {getattr(cfg, name)}: {wrong}")
     else:
         config = resnet_config(cfg.depth, cfg.width, cfg.stem, classes)
         view = View(cfg.image_size, round(cfg.image_size / cfg.eval_crop))
         model = ResNet(config, view, **how, rngs=nnx.Rngs(cfg.seed))  # one jit of it all compiles far longer
-    least = STRIDES[model.stem]
-    small = f"the {model.stem} stem and the stages divide it by {least}"
-    expect(model.view.size >= least, f"--image-size {model.view.size}: too small, {small}")
+    stride = {"imagenet": 32, "cifar": 8}[model.stem]
+    small = f"the {model.stem} stem and the stages divide it by {stride}"
+    expect(model.view.size >= stride, f"--image-size {model.view.size}: too small, {small}")
     return model
 
 
@@ -863,15 +868,15 @@ def read_picture(name):
     try:
         open_image(data)
     except Exception as error:  # pillow raises some ten kinds
-        raise UsageError(f"--predict {name}: not an image: {common.first_line(error)}") from error
+        raise common.UsageError(f"--predict {name}: not an image: {common.first_line(error)}") from error
     return data
 
 
 def main(cfg):
-    """Train as `cfg` says and return the last metrics; steps 0 evaluates or predicts. Raises UsageError."""
+    """Train as `cfg` says -> the last metrics; with steps 0 evaluate or predict. Raises UsageError."""
     check(cfg)
     key, mesh = jax.random.key(cfg.seed), common.make_mesh()
-    if cfg.predict:
+    if not cfg.steps and cfg.predict:
         pictures = [read_picture(name) for name in cfg.predict]
         for name, best in zip(cfg.predict, predict(build(cfg, None), pictures)):
             print(name, *(f"{p:8.2%}  {label}" for label, p in best), sep="\n")
@@ -884,6 +889,9 @@ def main(cfg):
     n, S, val_name = len(names), view.size, " ".join(cfg.val_data) or data
     fits = classes is None or len(classes) == n
     expect(fits, f"--init-from {cfg.init_from}: has {n} classes, {data} {len(classes or ())}")
+
+    held_out = next(validation_batches(val, view, n, 1), None)
+    expect(held_out, "--val-every: no picture is held out; give a smaller number, or --val-data")
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     graphdef, state = make_state(model, cfg, schedule)
@@ -917,18 +925,20 @@ def main(cfg):
         how |= dict(weights=cfg.data_weights, retries=cfg.retries)
         stream = common.batches(epochs, rows, **how)
     # a window of pictures comes in a burst: up to 2 GB of them wait for the device
-    depth = int(np.clip(2e9 / (cfg.batch_size * S * S * 3), 2, 128))
-    stream = common.Prefetch(stream, depth, stop=lambda: run.stop)
+    ahead = int(np.clip(2e9 / (cfg.batch_size * S * S * 3), 2, 128))
+    stream = common.Prefetch(stream, depth=ahead, stop=lambda: run.stop)
 
     N, flops = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))), 0
     if common.peak_flops():  # forward by XLA's own count; backward is twice that
-        flops = 3 * jax.jit(lambda x: model(x)).lower(jnp.zeros((1, S, S, 3))).cost_analysis()["flops"]
+        forward = jax.jit(lambda state, images: exported(graphdef, state)(images))
+        flops = 3 * forward.lower(state, jnp.zeros((1, S, S, 3))).cost_analysis()["flops"]
     kind = f"ResNet-{depth_of(model.config)}, {model.stem} stem"
     print(f"model      {kind}, {N / 1e6:.1f} M parameters, {cfg.dtype}")
     print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"data       {data}, {n} classes, validation on {val_name}")
     print(f"step       {cfg.batch_size} pictures of {S} x {S}, SGD")
     print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
+    del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(step, "images", cfg.batch_size, flops, stream):
         for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM

@@ -326,6 +326,14 @@ def test_splits_columns_and_headers_are_found():
         "validation": "dev is good",
         "test": "test is good",
     }
+    for split in ("train", "test"):  # a folder may name the split, and a data set's card is no data
+        Path(f"folders/{split}").mkdir(parents=True)
+        pq.write_table(pa.table({"text": [split]}), f"folders/{split}/0.parquet")
+    Path("folders/README.md").write_text("---\nlicense: mit\n---\n")
+    (found,) = common.open_data(gpt_train.Config(data=("folders",)), {"text": None})
+    assert {name: [row["text"] for row in rows] for name, rows in found.items()} == dict(
+        train=["train"], test=["test"]
+    )
     Path("a.csv").write_text("body,title,label\nlong,short,3\n")
     (found,) = common.open_data(gpt_train.Config(data=("a.csv",)), {"text": "title", "label": None})
     source = found["train"]
@@ -621,6 +629,17 @@ def test_empty_documents_are_skipped_and_counted():
     assert last["bad_records"] >= 3 and last["bad_records"] % 3 == 0, (
         "in every epoch, as far as the stream is ahead"
     )
+
+
+def test_truncation_and_padding_saved_with_a_tokenizer_do_not_touch_documents():
+    for script in (gpt_train, bert_mlm):
+        tokenizer = script.load_tokenizer("bpe:300", ["one two three"] * 10)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer("one", truncation=True, max_length=4, padding="max_length")
+        tokenizer.save_pretrained(script.__name__)
+        tokenizer = script.load_tokenizer(script.__name__)
+        ids = np.concatenate([np.atleast_1d(x) for x in script.encode(tokenizer, ["one two three"] * 2)])
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "one two three" * 2
 
 
 def test_end_token_inside_a_document_is_text():
@@ -1244,10 +1263,33 @@ BAD = {
         ["--init-from", "model", "--seq-len", "8", "--tokenizer", "byte"],
         "257 tokens, and model has a vocabulary of 199",
     ),
-    "batch": (["--batch-size", "10", "--accum", "4"], "--batch-size 10: must be a multiple of 4"),
+    "batch": (
+        ["--batch-size", "10", "--accum", "4"],
+        "--batch-size 10: must be a multiple of 4 (--accum 4 x 1 devices); try --accum 2 or --batch-size 8",
+    ),
     "top-k": (["--top-k", "0"], "--top-k 0: must be at least 1"),
     "top-p": (["--top-p", "1.5"], "--top-p 1.5: must be in (0, 1]"),
     "prompt": (["--prompt", ""], "--prompt: is empty"),
+    "long prompt": (
+        [
+            "--data",
+            JSON,
+            "--val-docs",
+            "1",
+            "--tokenizer",
+            "byte",
+            "--seq-len",
+            "8",
+            "--prompt",
+            "a long one",
+        ],
+        "--prompt: 10 tokens, and there are 8 positions",
+    ),
+    "one document": (
+        ["--data", "one.txt", "--val-docs", "1"],
+        "leaves no document of one.txt*or give --val-data",
+    ),
+    "mixed": (["--data", "."], "--data .: holds json, jsonl, text; name one kind"),
     "no steps": (["--steps", "0"], "--steps 0: trains nothing; name a finished model with --init-from"),
     "nothing to resume": (["--resume"], "--resume: no run of gpt_train.py under out/"),
     "no run": (["--resume", "--out-dir", "model"], "--resume: model holds no run"),
@@ -1260,6 +1302,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, monkeypatch, capsys):
     Path("empty.jsonl").write_text("")
     Path("a.doc").write_text("x")
+    Path("one.txt").write_text("x")
     Path("not.jsonl").write_text("text\nmore text\n")
     Path("rows.jsonl").write_text('{"id": 1, "title": "a", "body": "b"}\n' * 30)
     gpt_train.save_pretrained(tiny_model(), "model")
@@ -1695,7 +1738,7 @@ def test_gathered_head_equals_the_full_head():
     (a, grad_a), (b, grad_b) = (nnx.jit(nnx.value_and_grad(f))(model) for f in (gathered, full))
     assert a == pytest.approx(float(b), rel=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-4), grad_a, grad_b)
-    assert bert_mlm.predict(model, batch).shape == (4, 5, 199)
+    assert bert_mlm.target_logits(model, batch).shape == (4, 5, 199)
 
 
 def test_bert_accumulation_draws_the_same_masks_and_weighs_tokens_alike():
@@ -1926,11 +1969,13 @@ def test_fill_mask_gives_the_likeliest_tokens_of_each_mask(small_bert):
 
 def test_embed_writes_a_vector_a_line(small_bert, monkeypatch, capsys):
     folder, model, tokenizer = small_bert
-    Path("texts.txt").write_text("one\n\nthree\n")
+    Path("texts.txt").write_text("one\n\nthree\u2028\f\n", encoding="utf-8")
     args = ["--steps", "0", "--init-from", folder, "--embed", "texts.txt"]
     assert typed(monkeypatch, capsys, bert_mlm, *args)[0] == 0
     vectors = np.load("texts.npy")
-    np.testing.assert_allclose(vectors, bert_mlm.embed(model, tokenizer, ["one", "", "three"]), atol=1e-6)
+    np.testing.assert_allclose(
+        vectors, bert_mlm.embed(model, tokenizer, ["one", "", "three\u2028\f"]), atol=1e-6
+    )
     code, _, err = typed(monkeypatch, capsys, bert_mlm, *args)
     assert code == 2 and "texts.npy exists; --overwrite to replace it" in err
     assert typed(monkeypatch, capsys, bert_mlm, *args, "--overwrite")[0] == 0
@@ -2331,6 +2376,28 @@ def test_corrupt_pictures_are_skipped_and_counted(capfd):
     rows = resnet_stream.decode(train[0][0], lambda data, record: np.zeros((8, 8, 3)), 1, batch)
     assert rows["label"] == [0]
     assert "label is 1, expected a class from 0 to 0" in capfd.readouterr().err
+
+
+def test_picture_that_cannot_be_fetched_is_the_streams_to_mend(monkeypatch, capfd):
+    folder, read, reads = write_folder("a", 30), common.image_bytes, itertools.count()
+
+    def flaky(value):
+        if next(reads) in (9, 70):
+            raise ConnectionResetError("gone for a while")
+        return read(value)
+
+    cfg = resnet_stream.Config(data=(folder,), val_every=2, shuffle_buffer=20)
+    train, _, _ = resnet_stream.open_sources(cfg)
+    wanted = both_parts(train, cfg)
+    monkeypatch.setattr(common, "image_bytes", flaky)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    epoch = partial(resnet_stream.training_images, train[0][0], cfg, resnet_stream.View(8, 8), 2, 2)
+    stream = common.batches([epoch], len(wanted[0]))
+    (batch, position), _ = next(stream), next(stream)
+    monkeypatch.setattr(common, "image_bytes", read)
+    again, _ = next(common.batches([epoch], len(wanted[0])))
+    np.testing.assert_array_equal(batch["image"], again["image"])
+    assert position["bad"] == 0 and capfd.readouterr().err.count("gone for a while; try") == 2
 
 
 # ---- resnet_stream.py: the model against transformers' PyTorch ResNet ----
@@ -2758,6 +2825,10 @@ RESNET_BAD = {
         ["--steps", "0", "--init-from", "model", "--predict", "no.jpg"],
         "--predict no.jpg: no such file",
     ),
+    "nothing held out": (
+        ["--data", "bare.parquet", "--num-classes", "3", "--val-every", "1000000"],
+        "--val-every: no",
+    ),
     "no picture": (
         ["--steps", "0", "--init-from", "model", "--predict", "rows.jsonl"],
         "--predict rows.jsonl: not an image",
@@ -2801,6 +2872,24 @@ def test_bad_input_of_a_resnet_is_one_line_and_exit_code_2(case, bad_folder, mon
     head, _, tail = message.partition("*")
     assert head in err and tail in err and len(err.strip().splitlines()) == 1
     assert sorted(path for path in Path(".").rglob("*")) == before
+
+
+def test_fused_attention_is_for_gpus_that_have_it(monkeypatch):
+    q = jnp.zeros((4, 8, 2, 64), jnp.bfloat16)
+    assert common.attention_kernel(q) is None, "on a CPU"
+    for capability, fused in {
+        "9.0": "cudnn",
+        "8.0": "cudnn",
+        "12.0": "cudnn",
+        "7.5": None,
+        "gfx942": None,
+    }.items():
+        monkeypatch.setattr(
+            jax, "devices", lambda c=capability: [type("Device", (), dict(compute_capability=c))]
+        )
+        assert common.attention_kernel(q) == fused
+        assert common.attention_kernel(q.astype(jnp.float32)) is None
+        assert common.attention_kernel(jnp.zeros((4, 8, 2, 20), jnp.bfloat16)) is None
 
 
 # ---- many devices, many processes ----
@@ -2859,12 +2948,15 @@ def python(code, **env):
 
 
 @pytest.mark.parametrize("script", [gpt_train, bert_mlm, resnet_stream])
-def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script):
+def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script, caplog):
     cfg = MANY[script.__name__] | dict(steps=3, eval_every=3)
-    process = python(TWICE.format(script=script.__name__, cfg=cfg), **devices(8))
-    script.main(script.Config(**cfg, out_dir="one"))
+    process = python(TWICE.format(script=script.__name__, cfg=cfg), **devices(8), JAX_LOG_COMPILES="1")
+    with jax.log_compiles():
+        script.main(script.Config(**cfg, out_dir="one"))
     [(code, out, err)] = finish([process])
     assert code == 0 and "8 x cpu" in out, err
+    compiled = "Compiling jit(train_step)"
+    assert sum(compiled in line for line in caplog.messages) == 1 and err.count(compiled) == 2
     for folder in ("copied", "cut"):
         # the gradient norm of a new ResNet hangs on differences of its statistics
         assert_same_losses("one", folder, rtol=1e-3 if script is resnet_stream else 1e-4)
