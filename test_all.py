@@ -60,7 +60,7 @@ HERE = Path(__file__).parent
 JSON = sysconfig.get_path("stdlib") + "/json/*.py"  # five real documents, 48 kB
 OPTIMISED = dict(JAX_DISABLE_MOST_OPTIMIZATIONS="0")  # the environment of a process as its user has it
 TINY = dict(data=(JSON,), val_docs=1, tokenizer="byte", seq_len=32, n_layer=2, n_head=2, n_embd=32, steps=12)
-TINY |= dict(batch_size=128, eval_every=6, log_every=1, sample_every=0, ckpt_every=3)  # eight steps an epoch
+TINY |= dict(batch_size=128, eval_every=12, log_every=1, sample_every=0, ckpt_every=3)  # eight steps an epoch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -736,6 +736,7 @@ def test_ten_optimizer_steps_equal_pytorch_adamw(both):
     graphdef, state = nnx.split(
         (model, nnx.Optimizer(model, gpt_train.make_optimizer(cfg, schedule), wrt=nnx.Param))
     )
+    state = common.shard_state(common.make_mesh(), state, fsdp=False)
     step = gpt_train.make_train_step(graphdef, state, cfg.accum, schedule)
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
@@ -971,7 +972,7 @@ def test_schedule_warms_up_and_comes_down():
 
 
 def test_run_leaves_metrics_curves_checkpoints_and_a_model_folder_that_pytorch_loads(capsys):
-    last = gpt_train.main(gpt_train.Config(**TINY | dict(tokenizer="bpe:300", sample_every=12)))
+    last = gpt_train.main(gpt_train.Config(**TINY | dict(tokenizer="bpe:300", eval_every=6, sample_every=12)))
     said, folder = capsys.readouterr().out, Path("out/gpt-001")
     assert len(said.split("first step")[0].splitlines()) < 10
     assert {"ckpt", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"} <= {
@@ -1051,7 +1052,7 @@ def test_kill_9_at_any_moment_twice_and_over_epoch_ends_changes_no_loss():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_resume_goes_on(number):
+def test_signal_saves_and_resume_goes_on(number, monkeypatch, capsys):
     process = launch("gpt_train.py", *flags(**TINY | dict(steps=2000, ckpt_every=5000)))
     wait_for_step(process, "out/gpt-001", 5)
     process.send_signal(number)
@@ -1061,9 +1062,8 @@ def test_signal_saves_and_resume_goes_on(number):
     saved = max(int(path.name) for path in Path("out/gpt-001/ckpt").iterdir())
     assert f"saved at step {saved}; go on with --resume --out-dir out/gpt-001" in out
     assert lines("out/gpt-001")[-1]["step"] == saved
-    if number == signal.SIGINT:
-        return
-    code, out, err = run("gpt_train.py", *flags(resume=True, steps=saved + 3))  # the newest run is found
+    again = flags(resume=True, steps=saved + 3)  # the newest run is found
+    code, _, err = typed(monkeypatch, capsys, gpt_train, *again)
     assert code == 0, err
     assert [line["step"] for line in lines("out/gpt-001")] == list(range(1, saved + 4))
 
@@ -1231,6 +1231,8 @@ def test_every_preset_has_help_and_trains(preset, monkeypatch, capsys):
     assert code == 0 and "tokens in a row" in text
     default = gpt_train.PRESETS[preset].get("n_embd", 96)
     assert str(default) in text.split("--n-embd")[1].split("--dropout")[0]
+    if preset not in ("gpt2", "gpt2-large"):
+        return  # the others differ from these in their sizes alone, and the stdlib is in other tests
     small = dict(preset=preset, data=(JSON,), data_name=("x",), val_docs=1, tokenizer="bpe:300", seq_len=64)
     small |= dict(n_layer=1, n_head=2, n_embd=64, batch_size=4, accum=2, steps=2, sample_every=0)
     code, _, err = typed(monkeypatch, capsys, gpt_train, *flags(**small))
@@ -1399,8 +1401,8 @@ def test_same_command_same_losses():
 # ---- bert_mlm.py: the model against transformers' PyTorch BERT ----
 
 BERT = dict(data=(JSON,), val_docs=1, tokenizer="bpe:300", seq_len=32, n_layer=2, n_head=2, n_embd=32)
-BERT |= dict(steps=12, batch_size=128, optimizer="adamw", lr=1e-2, warmup_steps=2, eval_every=6, log_every=1)
-BERT |= dict(ckpt_every=3)
+BERT |= dict(steps=12, batch_size=128, optimizer="adamw", lr=1e-2, warmup_steps=2, log_every=1)
+BERT |= dict(eval_every=12, ckpt_every=3)
 CLASSIFY = BERT | dict(task="classify", pre_norm=False, val_docs=None, batch_size=16, steps=60)
 CLASSIFY |= dict(eval_every=30, ckpt_every=20)
 
@@ -1499,6 +1501,7 @@ def bert_step(cfg, batch, model, schedule, prepare=lambda key, batch: batch):
     graphdef, state = nnx.split(
         (model, nnx.Optimizer(model, bert_mlm.make_optimizer(cfg, schedule), wrt=nnx.Param))
     )
+    state = common.shard_state(common.make_mesh(), state, fsdp=False)
     return graphdef, state, bert_mlm.make_train_step(graphdef, state, cfg.accum, schedule, prepare)
 
 
@@ -2052,7 +2055,7 @@ def bert_losses(out_dir):
 
 
 def test_bert_run_leaves_a_folder_that_pytorch_loads_and_that_can_be_used(capsys):
-    last = bert_mlm.main(bert_mlm.Config(**BERT))
+    last = bert_mlm.main(bert_mlm.Config(**BERT | dict(eval_every=6)))
     said, folder = capsys.readouterr().out, Path("out/bert-001")
     assert "% " in said and "for i in" not in said and said.count("The capital of France is") == 10
     files = {"ckpt", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "run.json"}
@@ -2142,8 +2145,8 @@ def test_class_names_come_from_the_data_and_go_into_the_folder(small_bert):
     assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
 
 
-@pytest.mark.parametrize("preset", [p for p in bert_mlm.PRESETS if p != "stdlib"])
-def test_every_bert_preset_trains(preset, monkeypatch, capsys):
+@pytest.mark.parametrize("preset", ["bert-base", "bert-large"])  # bert-mini differs in its sizes alone
+def test_bert_presets_train(preset, monkeypatch, capsys):
     small = dict(preset=preset, data=(JSON,), data_name=("-",), val_docs=1, tokenizer="bpe:300", seq_len=32)
     small |= dict(n_layer=1, n_head=2, n_embd=32, batch_size=8, accum=2, steps=2, out_dir="a", pre_norm=True)
     code, _, err = typed(monkeypatch, capsys, bert_mlm, *flags(**small))
@@ -2243,7 +2246,7 @@ def test_bad_input_to_bert_is_one_line_and_exit_code_2(case, small_bert, monkeyp
 
 # ---- resnet_stream.py: pictures ----
 
-RESNET = dict(width=8, steps=6, batch_size=32, warmup_steps=2, eval_every=3, log_every=1, ckpt_every=2)
+RESNET = dict(width=8, steps=6, batch_size=32, warmup_steps=2, eval_every=6, log_every=1, ckpt_every=2)
 RESNET |= dict(shuffle_buffer=500, lr=0.02, label_smoothing=0.0, ema=0.0, mixup=0.0, image_size=8, crop_pad=1)
 
 
@@ -2511,6 +2514,7 @@ def sgd(model, cfg):
     """(graphdef, state, step) to train `model`."""
     schedule = resnet_stream.make_schedule(cfg)
     graphdef, state = resnet_stream.make_state(model, cfg, schedule)
+    state = common.shard_state(common.make_mesh(), state, fsdp=False)
     return graphdef, state, resnet_stream.make_train_step(graphdef, state, cfg, schedule)
 
 
@@ -2644,12 +2648,13 @@ def test_new_resnet_starts_as_published():
 
 def test_bfloat16_resnet_has_float32_parameters_statistics_and_logits():
     half, x = tiny_resnet(dtype="bfloat16"), np.random.default_rng(0).normal(size=(4, 64, 64, 3))
-    logits = half(x, train=True)
+    train = nnx.jit(lambda model, x: model(x, train=True))
+    logits = train(half, x)
     assert logits.dtype == jnp.float32
     assert half.bn1(half.conv1(x.astype(jnp.bfloat16)), False).dtype == jnp.bfloat16
     assert {p.dtype for p in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
     full = tiny_resnet()
-    np.testing.assert_allclose(logits, full(x, train=True), atol=0.3)
+    np.testing.assert_allclose(logits, train(full, x), atol=0.3)
     np.testing.assert_allclose(half.layer1[0].bn1.var[...], full.layer1[0].bn1.var[...], rtol=0.02)
 
 
@@ -2733,7 +2738,7 @@ def images_index(images, image):
 # ---- resnet_stream.py: runs ----
 
 
-EVERYTHING = dict(ema=0.9, mixup=0.2, label_smoothing=0.1, dropout=0.1, flip=True)
+EVERYTHING = dict(eval_every=3, ema=0.9, mixup=0.2, label_smoothing=0.1, dropout=0.1, flip=True)
 
 
 @pytest.fixture(scope="module")
@@ -2929,11 +2934,6 @@ MANY = {
     "bert_mlm": BERT | dict(batch_size=64, accum=2, n_layer=1),
     "resnet_stream": RESNET,
 }
-SYNTHETIC = {
-    name: cfg | dict(data=("synthetic",), steps=3, eval_every=3, ckpt_every=3) for name, cfg in MANY.items()
-}
-SYNTHETIC["gpt_train"] |= dict(fsdp=True)
-SYNTHETIC["resnet_stream"] |= dict(num_classes=3, fsdp=True)
 
 
 def devices(n):
@@ -3034,11 +3034,10 @@ def test_checkpoint_moves_between_one_and_eight_devices():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), a["step"]
 
 
-@pytest.mark.parametrize("script", ["gpt_train", "resnet_stream"])
-def test_two_processes_give_the_losses_of_one(script):
-    cfg = SYNTHETIC[script]
-    two = launch_two(script, **cfg, out_dir="two")
-    one = launch(f"{script}.py", *flags(**cfg | dict(fsdp=False), out_dir="one"), **devices(2))
+def test_two_processes_give_the_losses_of_one():
+    cfg = MANY["resnet_stream"] | dict(data=("synthetic",), num_classes=3, steps=3, eval_every=3, fsdp=True)
+    two = launch_two("resnet_stream", **cfg, out_dir="two")
+    one = launch("resnet_stream.py", *flags(**cfg | dict(fsdp=False), out_dir="one"), **devices(2))
     (code, out, err), (other, silent, noise), (alone, _, _) = finish([*two, one])
     assert (code, other, alone) == (0, 0, 0), err + noise
     assert "2 x cpu" in out and "step" not in silent
@@ -3048,7 +3047,7 @@ def test_two_processes_give_the_losses_of_one(script):
         np.testing.assert_allclose(w, weights[1][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-STREAMED = TINY | dict(data=("stdlib",), batch_size=64, shuffle_buffer=8)
+STREAMED = TINY | dict(data=("stdlib",), batch_size=64, shuffle_buffer=8, n_layer=1, fsdp=True)
 
 
 def test_killed_process_ends_the_other_and_resume_goes_on_exactly():
@@ -3078,6 +3077,7 @@ def test_killed_process_ends_the_other_and_resume_goes_on_exactly():
     model, schedule = gpt_train.build(cfg, tokenizer), gpt_train.make_schedule(cfg)
     optimizer = nnx.Optimizer(model, gpt_train.make_optimizer(cfg, schedule), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
+    state = common.shard_state(common.make_mesh(), state, fsdp=False)
     step = gpt_train.make_train_step(graphdef, state, cfg.accum, schedule)
     for line in lines("whole")[:4]:
         rows = np.concatenate([next(stream)[0]["tokens"] for stream in streams])
