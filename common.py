@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from glob import glob
+from glob import escape, glob
 from importlib.metadata import version
 from io import BytesIO
 from itertools import islice
@@ -119,6 +119,8 @@ def cli(Config, presets, main, doc):
     script = Path(sys.argv[0]).stem
     for library in ("datasets", "huggingface_hub"):  # what they have to say comes as an exception
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a console cannot show
+        stream.reconfigure(errors="replace")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--data", nargs="*")
@@ -140,6 +142,8 @@ def cli(Config, presets, main, doc):
             changes = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
             }  # json has lists
+            known = {field.name for field in dataclasses.fields(Config)}
+            expect({*changes} <= known, f"--resume: {out_dir} is no run of {script}.py")
         cfg = tyro.cli(Config, default=Config(**changes), prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
@@ -191,7 +195,7 @@ def join_processes(cfg):
     except (ValueError, RuntimeError) as error:
         raise RunError(f"{named}: could not join the other processes: {first_line(error)}") from error
     if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def check(cfg, positive):
@@ -216,7 +220,7 @@ def check(cfg, positive):
 # ---- sources ----
 
 TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-TABLES |= {".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
+TABLES |= {".csv": "csv", ".tsv": "tsv", ".tar": "webdataset"}
 READERS = TABLES | dict.fromkeys((".txt", ".md", ".py"), "text")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -265,6 +269,8 @@ class Source:
         """Why `value` cannot be used, or None."""
         if value is None or value == "":
             return f"{role} is {'empty' if value == '' else 'missing'}"
+        if role == "text" and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            return "text holds half a character (a lone surrogate)"
         expected = {"text": str, "label": int, "image": bytes | dict}[role]
         if not isinstance(value, expected):
             return f"{role} is of type {type(value).__name__}"
@@ -319,7 +325,7 @@ class Source:
         that of a second stage, of what the first returned.
         """
         ds, waiting = self.shards, [0] * len(stages)
-        seen = [0] * len(stages)
+        seen = [self.seen] * len(stages)  # it goes on counting, as `recent` does
 
         def run(stage, function, batch, index=None):
             self.epoch, self.seen, before = epoch, seen[stage], self.skipped
@@ -363,7 +369,9 @@ def open_data(cfg, columns, data=None, option="--data"):
     expect(len(cfg.data_weights) in (0, len(cfg.data)), f"{weights}: one for each --data")
     expect(all(w > 0 for w in cfg.data_weights), f"{weights}: must be above 0")
     names = names or [None] * len(data)
-    return [open_source(d, n, columns, option, cfg.retries) for d, n in zip(data, names)]
+    known = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}
+    revisions = dict(zip(known.get("data", ()), known.get("revision", ())))  # goes on with the files it had
+    return [open_source(d, n, columns, option, cfg.retries, revisions.get(d)) for d, n in zip(data, names)]
 
 
 def open_synthetic(columns):
@@ -385,7 +393,7 @@ def open_synthetic(columns):
     splits = {"train": list(range(2_000))} | ({"validation": list(range(256))} if "image" in columns else {})
     splits, _, _ = open_files(read, splits)
     how = dict(rank=jax.process_index(), world=jax.process_count())
-    found = dict(data="synthetic", data_name=None, columns={role: role for role in columns}, files="")
+    found = dict(data="synthetic", columns={role: role for role in columns})
     return {split: Source(ds, found["columns"], found, **how) for split, ds in splits.items()}
 
 
@@ -421,14 +429,16 @@ def mix(sources, weights=()):
 
 def fingerprint(sources):
     """What of all the sources a resume must find unchanged."""
-    found = {name: [source.fingerprint[name] for source in sources] for name in sources[0].fingerprint}
+    found = {name: [source.fingerprint.get(name) for source in sources] for name in sources[0].fingerprint}
     return found | {"processes": sources[0].world}
 
 
-def open_source(data, name, columns, option, retries):
+def open_source(data, name, columns, option, retries, revision=None):
     for attempt in range(1, retries + 2):
         try:
-            splits, parse, digest = open_splits(data, None if name == "-" else name, option, columns)
+            splits, parse, digest = open_splits(
+                data, None if name == "-" else name, option, columns, revision
+            )
             train = splits["train"] if "train" in splits else next(iter(splits.values()))
             head = list(islice(train, 10))
             break
@@ -454,7 +464,7 @@ def open_source(data, name, columns, option, retries):
     names = getattr(features.get(found.get("label")), "names", None)
     world, sources = jax.process_count(), {}
     for split, ds in splits.items():
-        unchanged = dict(data=data, data_name=name, columns=found, files=digest(split))
+        unchanged = dict(data=data, data_name=name, columns=found, revision=None) | digest(split)
         split = "train" if len(splits) == 1 else SPLITS.get(split, split)
         how = dict(parse=parse, classes=names, retries=retries, rank=jax.process_index(), world=world)
         sources[split] = Source(ds, found, unchanged, **how)
@@ -497,21 +507,24 @@ def is_url(data):
 
 
 def reader_of(path):
+    path = re.sub(r"[?#].*", "", path) if is_url(path) else path
     suffixes = [s.lower() for s in Path(path).suffixes if s.lower() not in COMPRESSED]
     return READERS.get(suffixes[-1]) if suffixes else None
 
 
-def open_splits(data, name, option, columns):
-    """({split: IterableDataset}, what parses its rows or None, split -> digest of the files)."""
+def open_splits(data, name, option, columns, revision=None):
+    """({split: IterableDataset}, what parses its rows or None, split -> what a resume must find)."""
     if not is_local(data) and not is_url(data):
         # small blocks: a resume fetches what it needs, not all that lies before it in the file
-        builder = datasets.load_dataset_builder(data, name, storage_options={"hf": {"block_size": 1 << 16}})
-        return stream_splits(builder), None, partial(digest_files, builder)
-    path, files = Path(data).expanduser(), [data]
+        how = dict(revision=revision, storage_options={"hf": {"block_size": 1 << 16}})
+        builder = datasets.load_dataset_builder(data, name, **how)
+        return stream_splits(builder), None, partial(describe_hub_files, builder)
+    path = Path(data).expanduser()
+    files = [data] if is_url(data) else [str(path)]
     if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if reader_of(p))
+        files = [file for file in files_under(path) if reader_of(file)]
         files = [file for file in files if Path(file).name != "README.md"] or files  # a data set's card
-        if "image" in columns and not any(reader_of(p) in TABLES.values() for p in files):
+        if "image" in columns and not any(reader_of(file) in TABLES.values() for file in files):
             return open_image_folder(path, f"{option} {data}")
     elif not is_url(data) and not path.is_file():
         pattern = sysconfig.get_path("stdlib") + "/*.py" if data == "stdlib" else str(path)
@@ -522,22 +535,32 @@ def open_splits(data, name, option, columns):
     expect(reader, f"{option} {data}: cannot tell what it is from its name; expected {formats}")
     kinds = sorted({str(reader_of(file)) for file in files})
     expect(len(kinds) == 1, f"{option} {data}: holds {', '.join(kinds)}; name one kind, as in '**/*.parquet'")
-    splits = {}
-    for file in files:
-        place = Path(file).relative_to(path) if path.is_dir() else Path(Path(file).name)
-        words = re.split(r"[^a-z]+", str(place.with_suffix("")).lower())
-        words = words if len(files) > 1 and reader != "text" else []
-        splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(file)
+    splits = {"train": files}
+    if len(files) > 1:  # folders and files may name the split; of documents the first folder alone
+        splits, root = {}, os.path.commonpath([Path(file).parent for file in files])
+        root = path if path.is_dir() else root
+        for file in files:
+            place = Path(file).relative_to(root)
+            words = re.split(r"[^a-z]+", str(place.with_suffix("")).lower())
+            words = [part.lower() for part in place.parts[:-1]][:1] if reader == "text" else words
+            splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(file)
     if reader == "jsonl":  # by the line, so that a corrupt one is but one bad record
         return open_files(read_lines, splits, parse_line)
     if reader == "text":
         return open_files(read_documents, splits)
     options = dict(storage_options=url_options()) if is_url(data) else {}
-    if reader == "csv":
-        options["sep"] = "\t" if ".tsv" in Path(files[0]).suffixes else ","
+    if reader in ("csv", "tsv"):
+        reader, options["sep"] = "csv", "\t" if reader == "tsv" else ","
         options |= {} if has_header(files[0], options["sep"]) else {"header": None}
-    builder = datasets.load_dataset_builder(reader, data_files=splits, **options)
-    return stream_splits(builder), None, partial(digest_files, builder)
+    name = str if is_url(data) else escape  # a name is a pattern there
+    names = {split: [name(file) for file in files] for split, files in splits.items()}
+    builder = datasets.load_dataset_builder(reader, data_files=names, **options)
+    return stream_splits(builder), None, lambda split: dict(files=digest_names(splits[split]))
+
+
+def files_under(folder):
+    """All files in it, sorted, through links, but for hidden ones."""
+    return sorted(p for p in glob(escape(str(folder)) + "/**/*", recursive=True) if os.path.isfile(p))
 
 
 def url_options():
@@ -551,8 +574,8 @@ def url_options():
 def open_files(read, splits, parse=None, features=None):
     """What open_splits returns, of our own reader `read(files)`: every file is a shard."""
     stream = partial(datasets.IterableDataset.from_generator, read, features=features)
-    digest = lambda split: digest_names(splits[split])
-    return {split: stream(gen_kwargs={"files": files}) for split, files in splits.items()}, parse, digest
+    found = {split: stream(gen_kwargs={"files": files}) for split, files in splits.items()}
+    return found, parse, lambda split: dict(files=digest_names(splits[split]))
 
 
 def read_lines(files):
@@ -584,7 +607,7 @@ def stream_splits(builder):
 def open_image_folder(root, where):
     """Every image its own shard, so that an epoch is a whole permutation; its class is its folder's name."""
     splits = {}
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGES):
+    for path in (Path(p) for p in files_under(root) if Path(p).suffix.lower() in IMAGES):
         first, *rest = path.relative_to(root).parts
         split = SPLITS.get(first.lower(), "train") if len(rest) > 1 else "train"
         expect(rest, f"{where}: {first} is in no class folder; expected CLASS/{first} or train/CLASS/{first}")
@@ -624,12 +647,15 @@ def has_header(file, sep):
     return not any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", field) for field in first)
 
 
-def digest_files(builder, split):
-    return digest_names((builder.config.data_files or {}).get(split, []))
+def describe_hub_files(builder, split):
+    """The digest of the files' paths, which hold the commit, and this itself: a resume asks for it."""
+    files = (builder.config.data_files or {}).get(split, [])
+    commit = re.search(r"@([0-9a-f]{40})/", str(files[0])) if files else None
+    return dict(files=digest_names(files), revision=commit and commit[1])
 
 
 def digest_names(files):
-    """Digest of what is read: local files with their sizes; on the hub the paths, which hold the revision."""
+    """Digest of the names of files, and where they are here of their sizes."""
     sizes = [(str(f), os.path.getsize(f) if os.path.exists(f) else 0) for f in files]
     return hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()[:16]
 
@@ -701,8 +727,11 @@ class Rows:
                     retries = min(self.retries, 2)
                 elif is_transient(error):
                     retries = self.retries
-                else:
+                elif isinstance(error, RunError):
                     raise
+                else:  # pandas, pyarrow, lzma, zstandard and others have kinds of their own
+                    what = f"{type(error).__name__}: {reason(error)}"
+                    raise StreamError(f"the data cannot be read: {what}") from error
                 failures, what = failures + 1, reason(error)
                 if failures > retries:
                     raise StreamError(f"the data failed {failures} times in a row: {what}") from error
@@ -745,7 +774,7 @@ class Prefetch:
                 if self.closed.is_set():
                     return
             self.put(StopIteration())
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception
             self.put(error)
 
     def put(self, item):
@@ -768,7 +797,7 @@ class Prefetch:
             finally:
                 start, waited = time.perf_counter(), time.perf_counter() - start
                 self.waited += waited
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             return item
         raise StopIteration
@@ -985,7 +1014,7 @@ class Run:
             self.dir = Path(on_first(partial(self.begin, kind, info, write_folder)))
         except OSError as error:
             raise UsageError(f"--out-dir {cfg.out_dir or 'out'}: {error}") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep)
+        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, cleanup_tmp_directories=True)
         self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
         self.saved = self.checkpoints.latest_step()
         if threading.current_thread() is threading.main_thread():
@@ -994,8 +1023,11 @@ class Run:
     def begin(self, kind, info, write_folder):
         """Claim the directory, or with --resume check it, and describe the run in it; its path."""
         self.dir = self.claim(kind)
+        info["id"] = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if self.cfg.resume:
-            self.check_unchanged(read_run(self.dir), info)
+            old = read_run(self.dir)
+            self.check_unchanged(old, info)
+            info["id"] = old.get("id", self.dir.name)
         else:
             write_folder(self.dir)
         info["config"] |= dict(out_dir=str(self.dir), resume=False, overwrite=False, profile=None)
@@ -1003,7 +1035,9 @@ class Run:
         info |= dict(device=jax.devices()[0].device_kind, devices=jax.device_count())
         libraries = ("jax", "flax", "optax", "datasets", "transformers", "numpy")
         info |= {name: version(name) for name in libraries} | {"python": platform.python_version()}
-        write_atomic(self.dir / "run.json", json.dumps(info, indent=1) + "\n")
+        self.info = json.dumps(info, indent=1) + "\n"
+        if not self.cfg.resume:  # else once the checkpoint is restored
+            write_atomic(self.dir / "run.json", self.info)
         return str(self.dir)
 
     def claim(self, kind):
@@ -1020,7 +1054,11 @@ class Run:
             expect(ours, f"--out-dir {path}: not empty and not a run; choose another directory")
             choices = "--resume to go on with it, --overwrite to start again, or choose another directory"
             expect(self.cfg.overwrite, f"--out-dir {path}: holds a run already; {choices}")
-            shutil.rmtree(path / "ckpt", ignore_errors=True)
+            own = self.cfg.init_from and Path(self.cfg.init_from).expanduser().resolve() == path.resolve()
+            start = f"--init-from {path}: --overwrite would delete it; choose another directory"
+            expect(not own, f"--out-dir {path} {start}")
+            if os.path.lexists(path / "ckpt"):
+                shutil.rmtree(path / "ckpt")
             for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
                 (path / name).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
@@ -1048,18 +1086,23 @@ class Run:
         """(step, state, position) of the newest checkpoint, sharded like `state`; or (0, state, None)."""
         steps, step = self.cfg.steps, self.saved or 0
         expect(step <= steps, f"--steps {steps}: the run in {self.dir} is at step {step} already")
-        lines = [line for line in self.read_lines() if line["step"] <= step]  # the rest comes again
-        if self.leads:
-            write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        lines, position = self.read_lines(), None
+        done = lines[-1]["step"] if lines else 0
+        lost = self.saved is None and done > 2 * self.cfg.ckpt_every
+        expect(not lost, f"--resume: {self.dir} has no checkpoint any more, and was at step {done}")
+        if self.saved is not None:
+            flat, tree = flatten(state)
+            like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in flat.items()}
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+            found = self.checkpoints.restore(self.saved, args=args)
+            state = jax.tree.unflatten(tree, [found["state"][name] for name in flat])
+            position = found["position"][jax.process_index()]
+        lines = [line for line in lines if line["step"] <= step]  # the rest comes again
         self.last = lines[-1] if lines else {}
-        if self.saved is None:
-            return 0, state, None
-        flat, tree = flatten(state)
-        like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flat.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
-        found = self.checkpoints.restore(self.saved, args=args)
-        state = jax.tree.unflatten(tree, [found["state"][name] for name in flat])
-        return self.saved, state, found["position"][jax.process_index()]
+        if self.leads and self.cfg.resume:
+            write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(self.dir / "run.json", self.info)
+        return step, state, position
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""
@@ -1095,7 +1138,8 @@ class Run:
         if self.cfg.wandb and self.leads:
             import wandb
 
-            names = dict(project=self.cfg.wandb, name=self.dir.name, id=self.dir.name, dir=str(self.dir))
+            run_id = json.loads(self.info)["id"]
+            names = dict(project=self.cfg.wandb, name=self.dir.name, id=run_id, dir=str(self.dir))
             self.wandb = wandb.init(config=dataclasses.asdict(self.cfg), resume="allow", **names)
         try:
             yield
@@ -1210,7 +1254,8 @@ class Run:
         if extra or self.bar.disable:
             self.say(f"step {line['step']}: {text}" + "".join(f" {k} {v:.4f}" for k, v in extra.items()))
         if extra and self.leads:
-            self.draw()
+            with self.pause():
+                self.draw()
 
     @contextmanager
     def pause(self):

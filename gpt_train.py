@@ -407,7 +407,9 @@ def make_optimizer(cfg, schedule):
         kind = lambda path, p: "hidden" if path[0].key == "h" and p.ndim == 2 else "rest"
         kinds = partial(jax.tree_util.tree_map_with_path, kind)
         rule = optax.partition({"hidden": muon, "rest": rule}, kinds)
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), rule) if cfg.grad_clip else rule
+    # of the same form without, so that a run can go on with another --grad-clip
+    clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
+    return optax.chain(clip, rule)
 
 
 # ---- train and eval step ----

@@ -223,7 +223,10 @@ def decode(source, crop, classes, batch):
     def attempt(value, record):
         try:
             data = common.image_bytes(value)
-        except FileNotFoundError as error:  # any other fault of disk or network is the stream's to mend
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+        ) as error:  # any other fault of disk or network is the stream's to mend
             return error
         try:
             return crop(data, record)
@@ -647,7 +650,9 @@ def make_optimizer(cfg, schedule):
     decayed = partial(jax.tree.map, lambda p: p.ndim >= 2)  # convolutions and the head, not biases and norms
     rule = optax.add_decayed_weights(cfg.weight_decay, decayed)
     rule = optax.chain(rule, optax.sgd(schedule, momentum=cfg.momentum, nesterov=True))
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), rule) if cfg.grad_clip else rule
+    # of the same form without, so that a run can go on with another --grad-clip
+    clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
+    return optax.chain(clip, rule)
 
 
 def make_state(model, cfg, schedule):

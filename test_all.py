@@ -203,13 +203,18 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         kind, repo = ("datasets" if "/datasets/" in path else "models"), None
         for folder in (self.server.root / kind).glob("**/"):
             name = str(folder.relative_to(self.server.root / kind))
-            if f"/{name}/" in path and (repo is None or len(name) > len(repo)) and len(name.split("/")) < 3:
+            if (
+                f"/{name}/" in f"{path}/"
+                and (repo is None or len(name) > len(repo))
+                and len(name.split("/")) < 3
+            ):
                 repo = name
         if repo is None:
             return self.answer(404, X_Error_Code="RepoNotFound")
-        route, _, *rest = path.split(f"/{repo}/", 1)[1].split("/")  # after the route, the revision
-        folder, file = self.server.root / kind / repo, "/".join(rest)
-        if route == "revision":
+        # the route, the revision, the file; without any, what there is to know of the repository
+        route, *rest = f"{path}/".split(f"/{repo}/", 1)[1].rstrip("/").split("/")
+        folder, file = self.server.root / kind / repo, "/".join(rest[1:])
+        if route in ("", "revision"):
             siblings = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
             return self.answer(200, dict(id=repo, sha=Hub.sha, siblings=siblings, tags=[], private=False))
         if route == "tree":
@@ -338,11 +343,21 @@ def test_splits_columns_and_headers_are_found():
     for split in ("train", "test"):  # a folder may name the split, and a data set's card is no data
         Path(f"folders/{split}").mkdir(parents=True)
         pq.write_table(pa.table({"text": [split]}), f"folders/{split}/0.parquet")
+        Path(f"documents/{split}").mkdir(parents=True)
+        Path(f"documents/{split}/a.txt").write_text(split)
     Path("folders/README.md").write_text("---\nlicense: mit\n---\n")
-    (found,) = common.open_data(gpt_train.Config(data=("folders",)), {"text": None})
-    assert {name: [row["text"] for row in rows] for name, rows in found.items()} == dict(
-        train=["train"], test=["test"]
-    )
+    Path("folders/.hidden").mkdir()
+    shutil.copy("folders/test/0.parquet", "folders/.hidden/0.parquet")
+    Path("linked").mkdir()
+    for split in ("train", "test"):
+        Path(f"linked/{split}").symlink_to(Path(f"folders/{split}").absolute())
+    for data in ("folders", "folders/", "folders/**/*.parquet", "documents", "documents/**/*.txt", "linked"):
+        (found,) = common.open_data(gpt_train.Config(data=(data,)), {"text": None})
+        texts = {name: [row["text"] for row in rows] for name, rows in found.items()}
+        assert texts == dict(train=["train"], test=["test"]), data
+    shutil.copy("folders/train/0.parquet", "data[1].parquet")
+    shutil.copy("folders/test/0.parquet", "data1.parquet")
+    assert documents("data[1].parquet") == ["train"], "a name, not a pattern"
     Path("a.csv").write_text("body,title,label\nlong,short,3\n")
     (found,) = common.open_data(gpt_train.Config(data=("a.csv",)), {"text": "title", "label": None})
     source = found["train"]
@@ -537,6 +552,29 @@ def test_more_than_one_bad_record_in_a_hundred_stops_the_stream():
                 take(stream, 25)
         else:
             take(stream, 25)
+
+
+def test_few_bad_records_in_every_epoch_do_not_add_up():
+    Path("a.jsonl").write_text(
+        "".join(json.dumps({"text": str(i) * (i % 200 > 0)}) + "\n" for i in range(24_000))
+    )
+    epoch = partial(numbers_of, open_train("a.jsonl")[0], window=1000)
+    *_, (_, position) = islice(common.batches([epoch], 4000), 17)  # nearly three epochs, 120 bad in each
+    assert 300 < position["bad"] <= 360
+
+
+def test_half_a_character_is_a_bad_record(capfd):
+    Path("a.jsonl").write_text('{"text": "half an emoji \\ud83d"}\n{"text": "a whole one \\ud83d\\ude00"}\n')
+    assert documents("a.jsonl") == ["a whole one \U0001f600"]
+    assert "half a character" in capfd.readouterr().err
+
+
+def test_files_that_do_not_fit_together_end_the_stream_with_a_line():
+    pq.write_table(pa.table({"text": ["a"] * 20}), "0.parquet")
+    pq.write_table(pa.table({"words": ["a"] * 20}), "1.parquet")
+    epoch = partial(numbers_of, open_train("*.parquet")[0])
+    with pytest.raises(common.StreamError, match="the data cannot be read: "):
+        take(common.batches([epoch], 30), 2)
 
 
 def test_labels_that_cannot_be_meant_are_bad_records(capfd):
@@ -1103,7 +1141,8 @@ def test_wandb_gets_every_line(monkeypatch):
     monkeypatch.syspath_prepend(".")
     gpt_train.main(gpt_train.Config(**TINY | dict(steps=2, wandb="mine", out_dir="a")))
     del sys.modules["wandb"]
-    assert Path("log").read_text().splitlines()[0] == "init mine a"
+    first = Path("log").read_text().splitlines()[0]
+    assert re.fullmatch(r"init mine a-[0-9a-f]{8}", first), "a name of its own: directories' names recur"
     assert [json.loads(x[7:]) for x in Path("log").read_text().splitlines()[1:]] == lines("a")
 
 
@@ -1159,7 +1198,7 @@ def break_requests(hub, after, kind_of):
     hub.fault = fault
 
 
-def test_hub_that_fails_changes_no_loss_killed_or_not(hub):
+def test_hub_that_fails_changes_no_loss_killed_or_not(hub, monkeypatch):
     code, _, err = run("gpt_train.py", *flags(**FINEWEB, out_dir="whole"), **hub.env)
     assert code == 0, err
     kinds = [500, 503, 504, 429, "reset", "truncated", "stall"]
@@ -1175,6 +1214,7 @@ def test_hub_that_fails_changes_no_loss_killed_or_not(hub):
     wait_for_step(process, "killed", 4)
     process.kill()
     process.wait()
+    monkeypatch.setattr(Hub, "sha", "f" * 40)  # a new commit meanwhile: the run goes on with the old one
     code, _, err = run("gpt_train.py", *flags(resume=True, out_dir="killed"), **hub.env)
     assert code == 0, err
     assert hub.faults >= 10
@@ -1365,8 +1405,16 @@ def test_run_directory_is_never_taken_over_without_being_told(monkeypatch, capsy
     info["data"]["processes"] = 1
     Path("a/run.json").write_text(json.dumps(info))
     assert losses("a") == before
-    assert typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a", "--steps", "5")[0] == 0
+    longer = ("--resume", "--out-dir", "a", "--steps", "5", "--grad-clip", "0", "--ckpt-every", "1")
+    assert typed(monkeypatch, capsys, gpt_train, *longer)[0] == 0
     assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5] and losses("a")[:2] == before[:2]
+    code, _, err = typed(monkeypatch, capsys, gpt_train, *args, "--overwrite", "--init-from", "a")
+    assert code == 2 and "--init-from a: --overwrite would delete it" in err
+    code, _, err = typed(monkeypatch, capsys, bert_mlm, "--resume", "--out-dir", "a")
+    assert code == 2 and "--resume: a is no run of bert_mlm.py" in err
+    shutil.rmtree("a/ckpt")
+    code, _, err = typed(monkeypatch, capsys, gpt_train, "--resume", "--out-dir", "a")
+    assert code == 2 and "a has no checkpoint any more, and was at step 5" in err and len(lines("a")) == 5
     assert typed(monkeypatch, capsys, gpt_train, *args, "--overwrite")[0] == 0
     assert losses("a") == before
 
