@@ -7,8 +7,8 @@
 Documents are tokenised as they arrive and packed into rows without padding. A run killed at any moment goes
 on with --resume, bit for bit. When it ends, its directory is a Hugging Face model folder.
 
-Measured on two CPU cores: the first command reaches 1.54 bits per byte on held-out documents in 4 minutes;
-nanoGPT's CPU recipe on tiny Shakespeare a validation loss of 1.83, and 1.74 in half the steps with Muon.
+Measured on two CPU cores: the first command reaches 1.54 bits per byte on held-out documents in 4 minutes,
+nanoGPT's CPU model on tiny Shakespeare a validation loss of 1.83, and 1.74 in half the steps with Muon.
 
 Shapes: B batch, T tokens, C channels (n_embd), H heads, D head size, V vocabulary, L layers.
 """

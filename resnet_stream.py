@@ -9,8 +9,9 @@ bit for bit. When it ends, its directory is a Hugging Face model folder.
 
 Presets, their recipes and what they aim at:
 digits    offline: 99.7 % of the 359 held-out digits in 66 to 75 seconds on two CPU cores
-cifar10   ResNet-18 as in kuangliu/pytorch-cifar, 200 epochs: 95-96 %; not measured here
-imagenet  ResNet-50 v1.5 as in NVIDIA's DeepLearningExamples, 90 epochs: 77.1 % top-1; not measured here
+cifar10   ResNet-18 much as in kuangliu/pytorch-cifar, 200 epochs: aims at 95-96 %, not measured here
+imagenet  ResNet-50 v1.5 much as in NVIDIA's DeepLearningExamples, 90 epochs: aims at their 77.1 % top-1, not
+          measured here
 
 Shapes: B batch, H height, W width, C channels, S side of the square that the model sees.
 """

@@ -3189,6 +3189,20 @@ def test_synthetic_rows_are_the_same_in_any_process_and_go_on_after_a_resume():
     np.testing.assert_array_equal(again["x"], second["x"])
 
 
+def test_malloc_gives_memory_back_where_a_step_takes_a_third_of_it(monkeypatch):
+    calls = []
+    record = lambda name: lambda *args: calls.append((name, *args))
+    monkeypatch.setattr(
+        common, "GLIBC", type("", (), dict(mallopt=record("mallopt"), malloc_trim=record("trim")))
+    )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024
+    for share, wanted in ((0.3, []), (0.4, [("mallopt", -4, 65_536), ("trim", 0)])):
+        most = type("", (), dict(ru_maxrss=int(share * total)))
+        monkeypatch.setattr(resource, "getrusage", lambda _, most=most: most)
+        common.spare_memory()
+        assert calls == wanted
+
+
 def test_out_of_memory_ends_with_advice():
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
     big = dict(data="synthetic", tokenizer="byte", seq_len=1024, batch_size=512, accum=1, steps=3, n_layer=1)
