@@ -1048,6 +1048,11 @@ def test_finished_run_can_be_evaluated_sampled_and_fine_tuned(capsys):
     capsys.readouterr()
     again = gpt_train.main(gpt_train.Config(**TINY | dict(steps=0, init_from="base", tokenizer=None)))
     assert again["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
+    evaluated = TINY | dict(steps=0, init_from="base", tokenizer=None)
+    few = gpt_train.main(gpt_train.Config(**evaluated | dict(batch_size=8, eval_batches=2)))
+    rows = gpt_train.validation_rows(gpt_train.load_tokenizer("base"), documents(JSON)[:1], 32)
+    nats, count = nnx.jit(gpt_train.loss_sum)(gpt_train.from_pretrained("base"), *(x[:16] for x in rows))
+    assert few["val_loss"] == pytest.approx(float(nats / count), rel=1e-5)
     prompts = ("def ", "import json\n")
     sampling = dict(steps=0, init_from="base", prompt=prompts, max_new_tokens=12, tokenizer=None)
     gpt_train.main(gpt_train.Config(**sampling))
@@ -2060,7 +2065,9 @@ def test_embed_writes_a_vector_a_line(small_bert, monkeypatch, capsys):
     )
     code, _, err = typed(monkeypatch, capsys, bert_mlm, *args)
     assert code == 2 and "texts.npy exists; --overwrite to replace it" in err
-    assert typed(monkeypatch, capsys, bert_mlm, *args, "--overwrite")[0] == 0
+    assert typed(monkeypatch, capsys, bert_mlm, *args, "--overwrite", "--pooling", "cls")[0] == 0
+    first = bert_mlm.embed(model, tokenizer, ["one", "", "three\u2028\f"], "cls")
+    np.testing.assert_allclose(np.load("texts.npy"), first, atol=1e-6)
 
 
 def test_mteb_gets_an_encoder_and_our_embeddings(small_bert, monkeypatch, capsys):
@@ -2157,6 +2164,8 @@ def test_classifier_learns_resumes_and_loads_in_pytorch(monkeypatch, capsys):
     last = bert_mlm.main(cfg)
     said = capsys.readouterr().out
     assert last["val_acc"] > 0.95 and last["val_f1"] > 0.95 and last["texts"] == 60 * 16
+    few = bert_mlm.main(dataclasses.replace(cfg, steps=0, init_from="whole", tokenizer=None, eval_batches=1))
+    assert 16 * few["val_acc"] == pytest.approx(round(16 * few["val_acc"])), "of 16 texts, not of all 100"
     assert "3 classes" in said and "of 100 texts are longer than --seq-len 32 and were cut" in said
 
     def broken(*args, **how):
@@ -2402,6 +2411,8 @@ def test_evaluation_sees_what_transformers_image_processor_makes_of_the_export(t
         ours = resnet_stream.normalise(resnet_stream.evaluation_crop(data, view), view)
         assert np.abs(ours - theirs.transpose(1, 2, 0)).mean() < 0.02
     assert resnet_stream.from_pretrained(str(tmp_path)).view == view
+    cfg = resnet_stream.Config(image_size=16, eval_crop=0.5, width=8)
+    assert resnet_stream.build(cfg, ["a", "b"]).view == resnet_stream.View(16, 32)
 
 
 def test_digits_are_all_there_and_no_picture_is_in_both_splits():
@@ -2827,6 +2838,12 @@ def test_resnet_is_evaluated_predicts_and_is_fine_tuned(digits_run, capsys):
     again = resnet_stream.main(resnet_stream.Config(steps=0, init_from=str(folder), batch_size=50))
     assert again["val_top1"] == last["val_top1"] and again["val_loss"] == pytest.approx(
         last["val_loss"], rel=1e-4
+    )
+    few = resnet_stream.main(
+        resnet_stream.Config(steps=0, init_from=str(folder), batch_size=50, eval_batches=1)
+    )
+    assert 50 * few["val_top1"] == pytest.approx(round(50 * few["val_top1"])), (
+        "of 50 pictures, not of all 359"
     )
     row = next(iter(resnet_stream.open_digits(0)["validation"]))
     Path("a.png").write_bytes(row["image"]["bytes"])
