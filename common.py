@@ -1082,7 +1082,7 @@ class Run:
             started = f"{flag(name)} {value}: the run in {self.dir} was started with {was}"
             expect(name in FREE.split() or value == was, f"{started}; start a new run to change it")
         for name, value in new["data"].items():
-            was = old["data"].get(name)
+            was = old["data"].get(name, value)
             changed = f"{name} of the data is {value}, and was {was} when {self.dir} began"
             expect(value == was, f"--resume: {changed}; it would go on with other rows")
 
