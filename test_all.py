@@ -1278,8 +1278,8 @@ def test_every_preset_has_help_and_trains(preset, monkeypatch, capsys):
     assert code == 0 and "tokens in a row" in text
     default = gpt_train.PRESETS[preset].get("n_embd", 96)
     assert str(default) in text.split("--n-embd")[1].split("--dropout")[0]
-    if preset not in ("gpt2", "gpt2-large"):
-        return  # the others differ from these in their sizes alone, and the stdlib is in other tests
+    if preset != "gpt2-large":
+        return  # the others differ from it in sizes and remat, and the stdlib is in other tests
     # the preset's --data-name is for its own data, not for these
     small = dict(preset=preset, data=(JSON, JSON), val_docs=1, tokenizer="bpe:300", seq_len=64)
     small |= dict(n_layer=1, n_head=2, n_embd=64, batch_size=4, accum=2, steps=2, sample_every=0)
@@ -1835,13 +1835,14 @@ def test_bert_accumulation_draws_the_same_masks_and_weighs_tokens_alike():
     results = []
     for accum in (1, 4):
         cfg = bert_mlm.Config(optimizer="adamw", lr=1e-2, steps=10, warmup_steps=0, accum=accum)
-        _, state, step = bert_step(cfg, None, tiny_bert(), bert_mlm.make_schedule(cfg), prepare)
+        model = tiny_bert(num_hidden_layers=1)
+        _, state, step = bert_step(cfg, None, model, bert_mlm.make_schedule(cfg), prepare)
         results.append(step(state, dict(tokens=tokens), jax.random.key(0))[1])
     for metrics in results[1:]:
         for name, value in metrics.items():
             assert value == pytest.approx(float(results[0][name]), rel=1e-4), name
     masked = jax.jit(prepare)(jax.random.split(jax.random.key(0))[0], dict(tokens=tokens))
-    nats, hits, _ = nnx.jit(bert_mlm.loss_sum)(tiny_bert(), masked)
+    nats, hits, _ = nnx.jit(bert_mlm.loss_sum)(tiny_bert(num_hidden_layers=1), masked)
     assert results[0]["loss"] == pytest.approx(float(nats / masked["weights"].sum()), rel=1e-5)
     assert results[0]["acc"] == pytest.approx(float(hits / masked["weights"].sum()), rel=1e-5)
 
@@ -2205,9 +2206,10 @@ def test_class_names_come_from_the_data_and_go_into_the_folder(small_bert):
     assert config["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
 
 
-@pytest.mark.parametrize("preset", ["bert-base", "bert-large"])  # bert-mini differs in its sizes alone
-def test_bert_presets_train(preset, monkeypatch, capsys):
-    small = dict(preset=preset, data=(JSON,), data_name=("-",), val_docs=1, tokenizer="bpe:300", seq_len=32)
+def test_preset_of_a_large_bert_trains(monkeypatch, capsys):
+    small = dict(
+        preset="bert-large", data=(JSON,), data_name=("-",), val_docs=1, tokenizer="bpe:300", seq_len=32
+    )
     small |= dict(n_layer=1, n_head=2, n_embd=32, batch_size=8, accum=2, steps=2, out_dir="a", pre_norm=True)
     code, _, err = typed(monkeypatch, capsys, bert_mlm, *flags(**small))
     assert code == 0, err
@@ -2532,9 +2534,7 @@ def to_torch(images, view):
     return torch.tensor(np.asarray(resnet_stream.normalise(images, view))).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize(
-    "kind, stem", [("basic", "imagenet"), ("bottleneck", "imagenet"), ("basic", "cifar")]
-)
+@pytest.mark.parametrize("kind, stem", [("bottleneck", "imagenet"), ("basic", "cifar")])
 def test_logits_loss_gradients_and_statistics_equal_transformers(kind, stem, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -2871,7 +2871,7 @@ def resnet_losses(folder):
 
 
 def test_kill_9_and_resume_of_a_resnet_changes_nothing():
-    args = RESNET | EVERYTHING
+    args = RESNET | EVERYTHING | dict(eval_every=6)
     code, _, err = run("resnet_stream.py", *flags(**args, out_dir="whole"), **OPTIMISED)
     assert code == 0, err
     process = launch("resnet_stream.py", *flags(**args, out_dir="killed"), **OPTIMISED)
