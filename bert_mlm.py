@@ -336,10 +336,18 @@ def mask_tokens(key, tokens, rules, *, share=0.15, whole_word=False):
 # ---- model ----
 
 
+class Linear(nnx.Linear):
+    """nnx.Linear, its bias added in float32: its gradient is a sum over all tokens, too long for bfloat16."""
+
+    def __call__(self, x):
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return (y + self.bias[...]).astype(self.dtype)
+
+
 def linear(fan_in, fan_out, config, dtype, rngs, scale=1.0):
     """A dense layer with BERT's init; its kernel is (in, out), the checkpoint's (out, in)."""
     init = nnx.initializers.normal(config.initializer_range * scale)
-    return nnx.Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
+    return Linear(fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(config, dtype, rngs):
@@ -372,8 +380,13 @@ class Embeddings(nnx.Module):
         self.LayerNorm = None if is_pre_norm(config) else layer_norm(config, dtype, rngs)
 
     def __call__(self, tokens, token_types):
-        x = self.word_embeddings(tokens) + self.position_embeddings(jnp.arange(tokens.shape[1]))
-        x = x + self.token_type_embeddings(jnp.zeros((1, 1), int) if token_types is None else token_types)
+        token_types = jnp.zeros((1, 1), int) if token_types is None else token_types
+        # looked up in float32 and cast then: in bfloat16 a common token's gradient, a sum over all its
+        # places, would stop growing after a few hundred of them
+        x = jnp.take(self.word_embeddings.embedding[...], tokens, axis=0)
+        x = x + self.position_embeddings.embedding[...][: tokens.shape[1]]
+        x = x + jnp.take(self.token_type_embeddings.embedding[...], token_types, axis=0)
+        x = x.astype(self.word_embeddings.dtype)
         return x if self.LayerNorm is None else self.LayerNorm(x)  # (B, T, C)
 
 
@@ -899,7 +912,9 @@ def prepare_mlm(cfg, tokenizer, records):
     lengths = np.sum(rows != tokenizer.pad_token_id, axis=1)
     nats, share = unigram_baseline(rows, rules, batch)
     said = f"loss {nats:.3f}, accuracy {share:.3f} by the frequencies of tokens alone"
-    return lambda key, batch: mask(key, batch["tokens"].astype(jnp.int32)), batch | {"lengths": lengths}, said
+    few = cfg.eval_batches * cfg.batch_size or None
+    batch = {name: x[:few] for name, x in (batch | {"lengths": lengths}).items()}
+    return lambda key, batch: mask(key, batch["tokens"].astype(jnp.int32)), batch, said
 
 
 def prepare_classify(cfg, tokenizer, records, classes):
@@ -953,7 +968,6 @@ def main(cfg):
     classes, cut = None if mlm else find_classes(train, held_out, data), set()
     prepared = prepare_mlm(cfg, tokenizer, val) if mlm else prepare_classify(cfg, tokenizer, val, classes)
     prepare, val_batch, baseline = prepared
-    val_batch = {k: x[: cfg.eval_batches * cfg.batch_size or None] for k, x in val_batch.items()}
 
     # a prompt is looked at before the run begins; an example that is too long is none
     example = cfg.prompt or EXAMPLES["stdlib" if cfg.data == ("stdlib",) else "english"]

@@ -40,31 +40,37 @@ except ImportError:  # on Windows
 STARTED = time.perf_counter()
 
 
-GLIBC = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ else None
-GLIBC = GLIBC if hasattr(GLIBC, "mallopt") else None
+GLIBC = None  # where its malloc is tuned
 
 
 def tune_malloc():
     """Keep glibc from handing big buffers back to the system on every step: 20-30 % of a step on a CPU."""
-    if GLIBC:
-        GLIBC.mallopt(-4, 0)  # M_MMAP_MAX
-        GLIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        GLIBC.mallopt(-8, 1)  # M_ARENA_MAX
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt") or "MALLOC_MMAP_MAX_" in os.environ:
+        return None
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-8, 1)  # M_ARENA_MAX
+    return libc
+
+
+def peak_memory():
+    """Bytes that this process held at most; None where the system does not say."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def spare_memory():
-    """Undo it where a step takes a third of the memory: small pieces in its old place would double that."""
-    if GLIBC and resource:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if 3 * most > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            GLIBC.mallopt(-4, 65_536)
-            GLIBC.malloc_trim(0)
+    """Untune malloc where a step takes a third of memory: small pieces in its old place would double it."""
+    if GLIBC and 3 * peak_memory() > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        GLIBC.mallopt(-4, 65_536)
+        GLIBC.malloc_trim(0)
 
 
 # one of our scripts is the program: only then touch the process, and before jax starts its threads
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
 if SCRIPT in ("gpt_train", "bert_mlm", "resnet_stream"):
-    tune_malloc()
+    GLIBC = tune_malloc()
     # else transformers imports torch, where there is one: two seconds, for nothing
     if not any(arg.startswith("--mteb") for arg in sys.argv):
         sys.modules.setdefault("torch", None)
@@ -281,11 +287,11 @@ class Source:
         """Why `value` cannot be used, or None."""
         if value is None or value == "":
             return f"{role} is {'empty' if value == '' else 'missing'}"
-        if role == "text" and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            return "text holds half a character (a lone surrogate)"
         expected = {"text": str, "label": int, "image": bytes | dict}[role]
         if not isinstance(value, expected):
             return f"{role} is of type {type(value).__name__}"
+        if role == "text" and re.search("[\ud800-\udfff]", value):
+            return "text holds half a character (a lone surrogate)"
         if role == "label" and not 0 <= value < (len(self.classes) if self.classes else math.inf):
             known = f" to {len(self.classes) - 1}" if self.classes else ""
             return f"label is {value}, expected a class from 0{known}"
@@ -441,16 +447,15 @@ def mix(sources, weights=()):
 
 def fingerprint(sources):
     """What of all the sources a resume must find unchanged."""
-    found = {name: [source.fingerprint.get(name) for source in sources] for name in sources[0].fingerprint}
+    found = {name: [source.fingerprint[name] for source in sources] for name in sources[0].fingerprint}
     return found | {"processes": sources[0].world}
 
 
 def open_source(data, name, columns, option, retries, revision=None):
     for attempt in range(1, retries + 2):
         try:
-            splits, parse, digest = open_splits(
-                data, None if name == "-" else name, option, columns, revision
-            )
+            configuration = None if name == "-" else name
+            splits, parse, describe = open_splits(data, configuration, option, columns, revision)
             train = splits["train"] if "train" in splits else next(iter(splits.values()))
             head = list(islice(train, 10))
             break
@@ -476,7 +481,7 @@ def open_source(data, name, columns, option, retries, revision=None):
     names = getattr(features.get(found.get("label")), "names", None)
     world, sources = jax.process_count(), {}
     for split, ds in splits.items():
-        unchanged = dict(data=data, data_name=name, columns=found, revision=None) | digest(split)
+        unchanged = dict(data=data, data_name=name, columns=found, revision=None) | describe(split)
         split = "train" if len(splits) == 1 else SPLITS.get(split, split)
         how = dict(parse=parse, classes=names, retries=retries, rank=jax.process_index(), world=world)
         sources[split] = Source(ds, found, unchanged, **how)
@@ -549,8 +554,7 @@ def open_splits(data, name, option, columns, revision=None):
     expect(len(kinds) == 1, f"{option} {data}: holds {', '.join(kinds)}; name one kind, as in '**/*.parquet'")
     splits = {"train": files}
     if len(files) > 1:  # folders and files may name the split; of documents the first folder alone
-        splits, root = {}, os.path.commonpath([Path(file).parent for file in files])
-        root = path if path.is_dir() else root
+        splits, root = {}, path if path.is_dir() else os.path.commonpath([Path(f).parent for f in files])
         for file in files:
             place = Path(file).relative_to(root)
             words = re.split(r"[^a-z]+", str(place.with_suffix("")).lower())
@@ -564,9 +568,9 @@ def open_splits(data, name, option, columns, revision=None):
     if reader in ("csv", "tsv"):
         reader, options["sep"] = "csv", "\t" if reader == "tsv" else ","
         options |= {} if has_header(files[0], options["sep"]) else {"header": None}
-    name = str if is_url(data) else escape  # a name is a pattern there
-    names = {split: [name(file) for file in files] for split, files in splits.items()}
-    builder = datasets.load_dataset_builder(reader, data_files=names, **options)
+    as_pattern = str if is_url(data) else escape  # for one it is taken
+    patterns = {split: [as_pattern(file) for file in files] for split, files in splits.items()}
+    builder = datasets.load_dataset_builder(reader, data_files=patterns, **options)
     return stream_splits(builder), None, lambda split: dict(files=digest_names(splits[split]))
 
 
@@ -1017,7 +1021,8 @@ class Run:
         if cfg.wandb:
             expect(importlib.util.find_spec("wandb"), f"--wandb {cfg.wandb}: needs `pip install wandb`")
         self.cfg, self.stop, self.asked, self.handlers = cfg, None, 0, {}
-        self.leads, self.votes = jax.process_index() == 0, deque()
+        self.leads, self.votes, self.mesh = jax.process_index() == 0, deque(), make_mesh()
+        self.most = jax.jit(jnp.max, out_shardings=replicated(self.mesh))
         info = json.loads(json.dumps(dict(config=dataclasses.asdict(cfg), data=data)))  # tuples as lists
         mine = info | {"config": info["config"] | dict(coordinator=None, process_id=None)}
         same = all(theirs == mine for theirs in gather(mine))
@@ -1047,10 +1052,13 @@ class Run:
         info |= dict(device=jax.devices()[0].device_kind, devices=jax.device_count())
         libraries = ("jax", "flax", "optax", "datasets", "transformers", "numpy")
         info |= {name: version(name) for name in libraries} | {"python": platform.python_version()}
-        self.info = json.dumps(info, indent=1) + "\n"
+        self.info = info
         if not self.cfg.resume:  # else once the checkpoint is restored
-            write_atomic(self.dir / "run.json", self.info)
+            self.describe()
         return str(self.dir)
+
+    def describe(self):
+        write_atomic(self.dir / "run.json", json.dumps(self.info, indent=1) + "\n")
 
     def claim(self, kind):
         """The directory of this run: a new numbered one, or --out-dir where that is free or ours to take."""
@@ -1066,9 +1074,9 @@ class Run:
             expect(ours, f"--out-dir {path}: not empty and not a run; choose another directory")
             choices = "--resume to go on with it, --overwrite to start again, or choose another directory"
             expect(self.cfg.overwrite, f"--out-dir {path}: holds a run already; {choices}")
-            own = self.cfg.init_from and Path(self.cfg.init_from).expanduser().resolve() == path.resolve()
-            start = f"--init-from {path}: --overwrite would delete it; choose another directory"
-            expect(not own, f"--out-dir {path} {start}")
+            start = self.cfg.init_from and Path(self.cfg.init_from).expanduser().resolve()
+            lost = f"--init-from {path}: --overwrite would delete it; choose another directory"
+            expect(start != path.resolve(), f"--out-dir {path} {lost}")
             if os.path.lexists(path / "ckpt"):
                 shutil.rmtree(path / "ckpt")
             for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
@@ -1113,7 +1121,7 @@ class Run:
         self.last = lines[-1] if lines else {}
         if self.leads and self.cfg.resume:
             write_atomic(self.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            write_atomic(self.dir / "run.json", self.info)
+            self.describe()
         return step, state, position
 
     def save(self):
@@ -1150,8 +1158,7 @@ class Run:
         if self.cfg.wandb and self.leads:
             import wandb
 
-            run_id = json.loads(self.info)["id"]
-            names = dict(project=self.cfg.wandb, name=self.dir.name, id=run_id, dir=str(self.dir))
+            names = dict(project=self.cfg.wandb, name=self.dir.name, id=self.info["id"], dir=str(self.dir))
             self.wandb = wandb.init(config=dataclasses.asdict(self.cfg), resume="allow", **names)
         try:
             yield
@@ -1179,9 +1186,8 @@ class Run:
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
         steps, seconds, waited = self.timed
-        memory, unit = "peak memory unknown", 1 if sys.platform == "darwin" else 1024
-        if resource:
-            memory = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+        most = peak_memory()
+        memory = f"peak memory {most / 1e9:.2f} GB" if most else "peak memory unknown"
         if stats := jax.local_devices()[0].memory_stats():
             memory += f", of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB"
         parts = [memory, f"compiling {COMPILED[0] - self.compiled:.1f} s"]
@@ -1218,9 +1224,8 @@ class Run:
 
     def vote(self):
         """Agree with the other processes on the step to stop after; answers are read two steps later."""
-        mesh = make_mesh()
-        asked = shard_batch(mesh, np.full(jax.local_device_count(), self.asked, np.int32))
-        self.votes.append(jax.jit(jnp.max, out_shardings=replicated(mesh))(asked))
+        asked = np.full(jax.local_device_count(), self.asked, np.int32)
+        self.votes.append(self.most(shard_batch(self.mesh, asked)))
         if len(self.votes) > 2:
             self.stop = int(self.votes.popleft()) or None
 

@@ -181,9 +181,17 @@ def validation_rows(tokenizer, texts, length):
 # ---- model ----
 
 
+class Linear(nnx.Linear):
+    """nnx.Linear, its bias added in float32: its gradient is a sum over all tokens, too long for bfloat16."""
+
+    def __call__(self, x):
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return (y + self.bias[...]).astype(self.dtype)
+
+
 def linear(fan_in, fan_out, dtype, rngs, std=0.02):
     """A dense layer with GPT-2's init; its kernel is (in, out), as in the published checkpoints."""
-    return nnx.Linear(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
+    return Linear(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
 
 
 def dropout(x, rate, key):
@@ -269,7 +277,10 @@ class GPT(nnx.Module):
         n = len(self.h)
         pos = jnp.arange(tokens.shape[1])[None] if pos is None else pos
         keys = [None] * (n + 1) if key is None else jax.random.split(key, n + 1)
-        x = dropout(self.wte(tokens) + self.wpe(pos), self.config.embd_pdrop, keys[n])  # (B, T, C)
+        # looked up in float32 and cast then: in bfloat16 a common token's gradient, a sum over all its
+        # places, would stop growing after a few hundred of them
+        x = jnp.take(self.wte.embedding[...], tokens, axis=0) + jnp.take(self.wpe.embedding[...], pos, axis=0)
+        x = dropout(x.astype(self.wte.dtype), self.config.embd_pdrop, keys[n])  # (B, T, C)
         kv = [None] * n
         for i, block in enumerate(self.h):
             block = jax.checkpoint(block.__call__) if self.remat else block

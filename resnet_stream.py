@@ -224,11 +224,8 @@ def decode(source, crop, classes, batch):
     def attempt(value, record):
         try:
             data = common.image_bytes(value)
-        except (
-            FileNotFoundError,
-            IsADirectoryError,
-        ) as error:  # any other fault of disk or network is the stream's to mend
-            return error
+        except (FileNotFoundError, IsADirectoryError) as error:
+            return error  # any other fault of disk or network is the stream's to mend
         try:
             return crop(data, record)
         except Exception as error:  # pillow raises some ten kinds
@@ -303,9 +300,8 @@ def open_digits(seed):
     order, n, sources = np.random.default_rng(seed).permutation(len(files)), len(files) // 5, {}
     for split, part in {"validation": order[:n], "train": order[n:]}.items():
         rows = {"image": [files[i] for i in part], "label": digits.target[part].tolist()}
-        ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(
-            num_shards=max(4, jax.process_count())
-        )
+        shards = max(4, jax.process_count())
+        ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=shards)
         columns = {"image": "image", "label": "label"}
         how = dict(rank=jax.process_index(), world=jax.process_count())
         sources[split] = common.Source(ds, columns, dict(data="digits", split=split), classes, **how)
@@ -820,8 +816,8 @@ def build(cfg, classes):
         config = model.config
         sizes = dict(depth=depth_of(config), width=config.embedding_size, stem=model.stem)
         for name, found in sizes.items():  # left at the default, they are those of the checkpoint
-            asked, wrong = getattr(cfg, name), f"{cfg.init_from} has {found}"
-            expect(asked in (found, getattr(default, name)), f"{flag(name)} {getattr(cfg, name)}: {wrong}")
+            asked, known = getattr(cfg, name), (found, getattr(default, name))
+            expect(asked in known, f"{flag(name)} {asked}: {cfg.init_from} has {found}")
     else:
         config = resnet_config(cfg.depth, cfg.width, cfg.stem, classes)
         view = View(cfg.image_size, round(cfg.image_size / cfg.eval_crop))
