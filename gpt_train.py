@@ -182,7 +182,7 @@ def validation_rows(tokenizer, texts, length):
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear, its bias added in float32: its gradient is a sum over all tokens, too long for bfloat16."""
+    """nnx.Linear, but the bias is added in float32: bfloat16 cannot hold its gradient, a sum over tokens."""
 
     def __call__(self, x):
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
