@@ -14,15 +14,14 @@ Shapes: B batch, T tokens, C channels (n_embd), H heads, D head size, V vocabula
 """
 
 import dataclasses
-import hashlib
 import math
+import re
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import common
-from common import expect, flag
+from common import checkpoint_names, encode, expect
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +29,19 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we train
 
 
 @dataclasses.dataclass
-class Config:
-    preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
-        "stdlib"  # a recipe: other defaults for the flags below
-    )
+class Config(common.RunConfig):
+    # a recipe: other defaults for the flags below
+    preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "stdlib"
     # data
     data: tuple[str, ...] = ("stdlib",)  # stdlib (Python's source), synthetic, hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
@@ -52,7 +52,6 @@ class Config:
     tokenizer: str | None = None  # hub id, folder, byte or bpe:N (trained); else init_from's, or bpe:4096
     seq_len: int = 128  # tokens in a row, T
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
-    retries: int = 8  # times in a row that a source that fails is opened again
     # model
     n_layer: int = 4  # blocks, L
     n_head: int = 2  # attention heads, H
@@ -62,32 +61,19 @@ class Config:
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
     batch_size: int = 32  # rows a step, over all devices
-    accum: int = 2  # microbatches that a step is cut into, to fit in memory, on a CPU in its caches
+    device_rows: int = 16  # rows that a device takes at once, to fit in memory, on a CPU in its caches
+    accum: int | None = None  # microbatches in a step; else as few as device_rows allows
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
     lr: float = 1.2e-2  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end, after half a cosine
+    cooldown: float = 0.0  # share of the steps in which a constant rate falls in a line; 0 is the cosine
     warmup_steps: int = 50  # linear, from nothing to lr
     weight_decay: float = 0.1  # on matrices and embeddings only
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
     seed: int = 0  # of the init, the order of the data, dropout and sampling
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
-    fsdp: bool = False  # shard parameters and optimizer state over the devices
-    # run
-    coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
-    num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
-    process_id: int | None = None  # which of them this one is, from 0
-    out_dir: str | None = None  # directory of the run; else the next free out/gpt-001, out/gpt-002, ...
-    resume: bool = False  # go on with the run in out_dir, or with the newest one
-    overwrite: bool = False  # delete the run in out_dir and start again
-    log_every: int = 10  # steps between two lines of metrics.jsonl
-    eval_every: int = 250  # steps between two validations, which redraw curves.png
-    eval_batches: int = 0  # batches of validation rows; 0 takes all of val_docs
     sample_every: int = 250  # steps between two samples; 0 prints none
-    ckpt_every: int = 250  # steps between two checkpoints
-    keep: int = 2  # newest checkpoints to keep
-    profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
-    wandb: str | None = None  # project on Weights & Biases to log to
     # use
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text to go on from; repeatable
     max_new_tokens: int = 100  # tokens in a sample, at most
@@ -103,11 +89,15 @@ HUB |= dict(optimizer="adamw", warmup_steps=700, dtype="bfloat16", max_new_token
 LARGE = HUB | dict(remat=True)
 PRESETS = {
     "stdlib": {},
-    "gpt2": HUB | dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, min_lr=6e-5, accum=16),
-    "gpt2-medium": HUB | dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4, min_lr=3e-5, accum=32),
-    "gpt2-large": LARGE | dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4, min_lr=2.5e-5, accum=64),
-    "gpt2-xl": LARGE | dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, min_lr=2e-5, accum=128),
+    "gpt2": HUB | dict(n_layer=12, n_head=12, n_embd=768, lr=6e-4, min_lr=6e-5, device_rows=32),
+    "gpt2-medium": HUB | dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4, min_lr=3e-5, device_rows=16),
+    "gpt2-large": LARGE | dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4, min_lr=2.5e-5, device_rows=8),
+    "gpt2-xl": LARGE | dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, min_lr=2e-5, device_rows=4),
 }
+
+# flags that may change when a run goes on, beside RunConfig's; another would change what its checkpoint means
+FREE = "steps device_rows accum lr min_lr cooldown warmup_steps weight_decay grad_clip dropout remat "
+FREE += "sample_every prompt max_new_tokens temperature top_k top_p"
 
 
 # ---- data ----
@@ -117,62 +107,39 @@ def load_tokenizer(name, documents=()):
     """The tokenizer called `name`: a hub id, a folder, "byte", or "bpe:N", trained on `documents`."""
     kind, _, size = name.partition(":")
     if kind not in ("byte", "bpe"):
-        files = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
-        tokenizer = AutoTokenizer.from_pretrained(common.snapshot(name, "--tokenizer", files))
-        expect(tokenizer.is_fast, f"--tokenizer {name}: has no fast form (tokenizer.json)")
+        tokenizer = common.load_tokenizer(name)
         expect(tokenizer.eos_token_id is not None, f"--tokenizer {name}: has no end token to join documents")
         return tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, spelled as GPT-2 spells them
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if kind == "bpe":
-        size = int(size) if size.isdigit() else 0
-        expect(size > 256, f"--tokenizer {name}: expected bpe:N with N above 256, as in bpe:4096")
-        how = dict(special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(islice(documents, 10_000), trainers.BpeTrainer(vocab_size=size, **how))
-    tokenizer.add_special_tokens([END])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
+    if kind == "byte":
+        documents, size = (), "257"  # the 256 bytes and END
+    expect(size.isdecimal() and int(size) > 256, f"--tokenizer {name}: expected bpe:N, N above 256")
+    tokenizer = ByteLevelBPETokenizer()
+    # words are cut after 100 characters: the time grows with the square of their length
+    words = (re.sub(r"\S{100}", r"\g<0> ", text) for text in documents)
+    tokenizer.train_from_iterator(words, int(size), special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, bos_token=END)
 
 
-def encode(tokenizer, texts):
-    """Token ids of the texts, the end token after each, as one flat int array."""
-    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    if not backend.encode_special_tokens:  # set once: while another thread encodes, setting has to wait
-        backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not its end
-        backend.no_truncation()
-        backend.no_padding()
-    ids = [np.zeros(0, np.uint16 if len(tokenizer) < 1 << 16 else np.int32)]
-    for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
-        chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
-        ids += [np.array([*encoding.ids, eos], ids[0].dtype) for encoding in chunk]
-    return np.concatenate(ids)
+def join(tokenizer, texts):
+    """The texts' token ids, the end token after each, as one flat int32 array."""
+    return np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts, [tokenizer.eos_token_id])])
 
 
-def pack(tokens, length, rng):
-    """Cut a window's tokens (N,) into rows (n, length) from a random start, and shuffle them.
+def pack(tokenizer, held_out, length, records, rng):
+    """Rows {"tokens": (length,) int32} of the documents {"text": list} but for those held out, shuffled.
 
-    Nothing is padded and no document is cut short; fewer than 2 length tokens are given up, at the two ends.
+    The documents are joined, and cut into rows from a random start: nothing is padded. Fewer than 2 length
+    tokens are given up, at the two ends.
     """
+    tokens = join(tokenizer, [text for text in records["text"] if text not in held_out])
     start = rng.integers(min(length, max(len(tokens) - length, 0) + 1))
     tokens = tokens[start : start + (len(tokens) - start) // length * length]
-    return rng.permutation(tokens.reshape(-1, length))
-
-
-def training_rows(source, tokenizer, cfg, held_out, epoch):
-    """One epoch of `source`, but for the texts in `held_out`, as rows {"tokens": (T + 1,) int}."""
-
-    def pack_window(batch):
-        texts = [text for text in batch["text"] if text not in held_out]
-        rng = np.random.default_rng([cfg.seed, epoch, source.rank, batch["record"][0]])
-        return {"tokens": pack(encode(tokenizer, texts), cfg.seq_len + 1, rng)}
-
-    return source.map(epoch, cfg.seed, (pack_window, cfg.shuffle_buffer))
+    return [{"tokens": row} for row in rng.permutation(tokens.reshape(-1, length))]
 
 
 def validation_rows(tokenizer, texts, length):
     """Inputs and targets (N, length) int32, every token of `texts` a target once; -1 fills the last row."""
-    tokens = np.concatenate([[tokenizer.eos_token_id], encode(tokenizer, texts)]).astype(np.int32)
+    tokens = np.concatenate([[tokenizer.eos_token_id], join(tokenizer, texts)]).astype(np.int32)
     short = -(len(tokens) - 1) % length
     inputs, targets = np.pad(tokens[:-1], (0, short)), np.pad(tokens[1:], (0, short), constant_values=-1)
     return inputs.reshape(-1, length), targets.reshape(-1, length)
@@ -189,7 +156,14 @@ class Linear(nnx.Linear):
         return (y + self.bias[...]).astype(self.dtype)
 
 
-def linear(fan_in, fan_out, dtype, rngs, std=0.02):
+class Embed(nnx.Embed):
+    """nnx.Embed, but looked up in float32 and cast then, for the same reason: a token is in many places."""
+
+    def __call__(self, ids):
+        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+
+
+def dense(fan_in, fan_out, dtype, rngs, std=0.02):
     """A dense layer with GPT-2's init; its kernel is (in, out), as in the published checkpoints."""
     return Linear(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
 
@@ -204,8 +178,8 @@ def dropout(x, rate, key):
 class Attention(nnx.Module):
     def __init__(self, config, dtype, rngs):
         self.n_head, self.attn_pdrop, self.resid_pdrop = config.n_head, config.attn_pdrop, config.resid_pdrop
-        self.c_attn = linear(config.n_embd, 3 * config.n_embd, dtype, rngs)
-        self.c_proj = linear(config.n_embd, config.n_embd, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_attn = dense(config.n_embd, 3 * config.n_embd, dtype, rngs)
+        self.c_proj = dense(config.n_embd, config.n_embd, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x, key=None, cache=None, pos=None):
         B, T, C = x.shape
@@ -224,14 +198,15 @@ class Attention(nnx.Module):
         else:
             fused = common.attention_kernel(q)
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
-        return dropout(self.c_proj(y.reshape(B, T, C)), self.resid_pdrop, resid_key), (k, v)
+        y = dropout(self.c_proj(y.reshape(B, T, C)), self.resid_pdrop, resid_key)
+        return y, None if cache is None else (k, v)
 
 
 class MLP(nnx.Module):
     def __init__(self, config, dtype, rngs):
         C, self.resid_pdrop = config.n_embd, config.resid_pdrop
-        self.c_fc = linear(C, 4 * C, dtype, rngs)
-        self.c_proj = linear(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_fc = dense(C, 4 * C, dtype, rngs)
+        self.c_proj = dense(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x, key=None):
         return dropout(self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True)), self.resid_pdrop, key)
@@ -260,7 +235,7 @@ class GPT(nnx.Module):
     def __init__(self, config, *, dtype="float32", remat=False, rngs):
         self.config, self.remat = nnx.static(config), remat
         init = nnx.initializers.normal(0.02)
-        embed = partial(nnx.Embed, features=config.n_embd, embedding_init=init, dtype=dtype, rngs=rngs)
+        embed = partial(Embed, features=config.n_embd, embedding_init=init, dtype=dtype, rngs=rngs)
         self.wte = embed(-(-config.vocab_size // 128) * 128)  # whole tiles; the padding is never seen outside
         self.wpe = embed(config.n_positions)
         self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
@@ -270,22 +245,20 @@ class GPT(nnx.Module):
         return self.head(self.hidden(tokens, key)[0])
 
     def hidden(self, tokens, key=None, caches=None, pos=None):
-        """tokens (B, T) -> what the head reads (B, T, C), and keys and values (B, T, H, D) of every layer.
+        """tokens (B, T) -> what the head reads (B, T, C).
 
-        With `caches` (B, S, H, D) and `pos` (B, T): tokens that stand at those positions of a longer text.
+        In decoding the tokens stand at positions `pos` (B, T) of a longer text, of whose keys and values
+        (B, S, H, D) `caches` has a pair for every layer; it comes back with those of `tokens` put in.
         """
         n = len(self.h)
         pos = jnp.arange(tokens.shape[1])[None] if pos is None else pos
         keys = [None] * (n + 1) if key is None else jax.random.split(key, n + 1)
-        # looked up in float32 and cast then: in bfloat16 a common token's gradient, a sum over all its
-        # places, would stop growing after a few hundred of them
-        x = jnp.take(self.wte.embedding[...], tokens, axis=0) + jnp.take(self.wpe.embedding[...], pos, axis=0)
-        x = dropout(x.astype(self.wte.dtype), self.config.embd_pdrop, keys[n])  # (B, T, C)
-        kv = [None] * n
+        x = dropout(self.wte(tokens) + self.wpe(pos), self.config.embd_pdrop, keys[n])  # (B, T, C)
+        caches = [None] * n if caches is None else [*caches]
         for i, block in enumerate(self.h):
             block = jax.checkpoint(block.__call__) if self.remat else block
-            x, kv[i] = block(x, keys[i], None if caches is None else caches[i], pos)
-        return self.ln_f(x), kv
+            x, caches[i] = block(x, keys[i], caches[i], pos)
+        return self.ln_f(x), caches
 
     def head(self, x):
         """Logits (..., V) float32 of hidden states (..., C); the head is tied to the token embedding."""
@@ -295,40 +268,38 @@ class GPT(nnx.Module):
 # ---- pretrained weights in and out ----
 
 
-def checkpoint_names(model):
-    """{name in the published checkpoint: parameter}; nnx's kernel, scale and embedding are weight there."""
-    names = {}
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *module, leaf = map(str, path)
-        names[".".join([*module, "bias" if leaf == "bias" else "weight"])] = param
-    return names
-
-
 def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
     """The GPT of a hub id, a folder or a run directory; `overrides` change its GPT2Config.
 
     A smaller n_positions keeps the first ones. Raises UsageError for what is not a GPT-2.
     """
-    files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    folder = common.snapshot(path, "--init-from", files)
-    config = common.read_config((GPT2Config,), folder, path)
+    (config, weights, _), where = common.read_pretrained((GPT2Config,), path), f"--init-from {path}"
+    followed = (
+        "vocab_size n_positions n_embd n_layer n_head layer_norm_epsilon embd_pdrop attn_pdrop resid_pdrop"
+    )
+    common.refuse_others(config, followed, where)
     config.update(overrides)
-    fixed = dict(activation_function="gelu_new", tie_word_embeddings=True)
-    for name, value in (fixed | dict(scale_attn_by_inverse_layer_idx=False)).items():
-        found = getattr(config, name)
-        expect(found == value, f"--init-from {path}: {name} is {found}, only {value} is supported")
-    weights = {k.removeprefix("transformer."): w for k, w in common.read_weights(folder, path).items()}
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    head = weights.pop("lm_head.weight", None)  # the same table, stored under either name or both
+    weights.setdefault("wte.weight", head)
+    is_tied = head is None or np.array_equal(head, weights["wte.weight"])
+    expect(is_tied, f"{where}: lm_head.weight is not wte.weight, only tied ones are supported")
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     state = nnx.state(model)
     for name, param in checkpoint_names(state).items():
-        expect(name in weights, f"--init-from {path}: {name} is missing")
-        w = weights[name].astype(np.float32)
+        w = weights.pop(name, None)
+        expect(w is not None, f"{where}: {name} is missing")
+        if name == "wte.weight":
+            expect(
+                len(w) == config.vocab_size, f"{where}: {len(w)} tokens, and vocab_size {config.vocab_size}"
+            )
+            w = np.pad(w, [(0, -len(w) % 128), (0, 0)])
         if name == "wpe.weight":
             w = w[: config.n_positions]
-        if name == "wte.weight":
-            w = np.pad(w, [(0, -len(w) % 128), (0, 0)])
-        expect(w.shape == param.shape, f"--init-from {path}: {name} is {w.shape}, expected {param.shape}")
-        param.set_value(jnp.asarray(w))
+        expect(w.shape == param.shape, f"{where}: {name} is {w.shape}, expected {param.shape}")
+        param.set_value(jnp.asarray(w.astype(np.float32)))
+    others = [name for name in weights if not name.endswith((".attn.bias", ".masked_bias"))]
+    expect(not others, f"{where}: {', '.join(others[:3])} has no place in a GPT-2")
     nnx.update(model, state)
     return model
 
@@ -344,73 +315,48 @@ def save_pretrained(model, folder, tokenizer=None):
     config = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     GPT2Config.from_dict(config).save_pretrained(folder)
     if tokenizer is not None:
+        tokenizer.model_max_length = model.config.n_positions
         tokenizer.save_pretrained(folder)
 
 
 # ---- loss and optimizer ----
 
-LOGITS = 2**28  # that head_loss makes at once on each device: 1 GB in float32
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def head_loss(x, embedding, targets, V):
-    """Cross-entropy in nats, summed over the targets (B, T) that are not -1, of the head on x (B, T, C).
-
-    Logits (B, T, V) in float32 would be the largest array of all. They are made for a part of T at a time and
-    differentiated at once, so that none is made twice (Liger-Kernel, arXiv 2410.10989, section 3.2).
-    """
-    parts, nats = cut_for_head(x, targets, V)
-    return jnp.sum(jax.lax.map(lambda part: nats(part[0], embedding, part[1]), parts))
-
-
-def cut_for_head(x, targets, V):
-    """x and targets cut along T into (n, B, T / n, ...), and the function to apply to such a part."""
-    (B, T), most = targets.shape, LOGITS * jax.device_count()
-    n = next((n for n in range(1, T) if T % n == 0 and n * most >= B * T * V), T)
-    cut = lambda a: a.reshape(B, n, T // n, *a.shape[2:]).swapaxes(0, 1)
-
-    def nats(x, embedding, targets):
-        logits = (x @ embedding.astype(x.dtype).T)[..., :V].astype(jnp.float32)
-        found = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-        return jnp.sum(found * (targets >= 0))
-
-    return (cut(x), cut(targets)), nats
-
-
-def head_loss_fwd(x, embedding, targets, V):
-    parts, nats = cut_for_head(x, targets, V)
-
-    def differentiate(sums, part):
-        loss, (dx, dembedding) = jax.value_and_grad(nats, argnums=(0, 1))(part[0], embedding, part[1])
-        return jax.tree.map(jnp.add, sums, (loss, dembedding)), dx
-
-    (loss, dembedding), dx = jax.lax.scan(differentiate, (jnp.zeros(()), jnp.zeros_like(embedding)), parts)
-    return loss, (dx.swapaxes(0, 1).reshape(x.shape), dembedding)
-
-
-def head_loss_bwd(V, grads, g):
-    dx, dembedding = grads
-    return (g * dx).astype(dx.dtype), g * dembedding, None
-
-
-head_loss.defvjp(head_loss_fwd, head_loss_bwd)
-
 
 def loss_sum(model, tokens, targets, key=None):
     """Cross-entropy in nats, summed over the targets (B, T) that are not -1, and the number of these."""
     x, _ = model.hidden(tokens, key)
-    return head_loss(x, model.wte.embedding[...], targets, model.config.vocab_size), jnp.sum(targets >= 0)
+    if jax.default_backend() == "cpu":
+        nats = optax.softmax_cross_entropy_with_integer_labels(model.head(x), jnp.maximum(targets, 0))
+    else:  # without a scatter into all the logits, and none of them written in float32
+        logits = model.wte.attend(x).astype(jnp.float32)  # (B, T, V padded)
+        ids = jnp.arange(logits.shape[-1])
+        logits = jnp.where(ids < model.config.vocab_size, logits, -jnp.inf)
+        picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
+        nats = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(targets >= 0, nats, 0)), jnp.sum(targets >= 0)
 
 
 def make_schedule(cfg):
-    """Linear warm-up for `warmup_steps`, then a cosine that reaches min_lr at `steps`."""
+    """Linear warm-up, then a cosine that reaches min_lr at `steps`, or with `cooldown` a plateau and a line.
+
+    The second is warmup-stable-decay (arXiv 2405.18392): until it cools down, `steps` makes no difference.
+    """
     steps = max(cfg.steps, 1)
     warm = min(cfg.warmup_steps, steps - 1)
-    return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
+    if cfg.cooldown == 0:
+        return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
+    fall = min(max(1, round(cfg.cooldown * steps)), steps - warm)
+    parts = [optax.linear_schedule(cfg.lr / (warm + 1), cfg.lr, warm), optax.constant_schedule(cfg.lr)]
+    parts.append(optax.linear_schedule(cfg.lr, cfg.min_lr, fall))
+    return optax.join_schedules(parts, [warm, steps - fall])
 
 
 def make_optimizer(cfg, schedule):
-    """AdamW, or Muon (Jordan 2024) on the hidden matrices with updates of AdamW's size (arXiv 2502.16982)."""
+    """AdamW, or Muon (Jordan 2024: Nesterov momentum 0.95, five Newton-Schulz steps) on the hidden matrices.
+
+    Unlike Jordan's it computes in float32, corrects the momentum's bias as NAdam does, and its updates have
+    AdamW's size, 0.2 sqrt(larger dimension) (arXiv 2502.16982).
+    """
     decayed = partial(jax.tree.map, lambda p: p.ndim >= 2)  # matrices and embeddings, not biases and norms
     rule = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=cfg.weight_decay, mask=decayed)
     if cfg.optimizer == "muon":
@@ -426,16 +372,17 @@ def make_optimizer(cfg, schedule):
 # ---- train and eval step ----
 
 
-def make_train_step(graphdef, state, accum, schedule):
+def make_train_step(graphdef, state, cfg, schedule):
     """jit: (state, tokens (B, T + 1), key of this step) -> (state, metrics). The state is donated."""
+    shardings, accum = jax.tree.map(lambda x: x.sharding, state), common.microbatches(cfg)
+    mesh = jax.tree.leaves(shardings)[0].mesh
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
-    def train_step(state, tokens, key):
-        model, optimizer = nnx.merge(graphdef, state)
-        model_def, params = nnx.split(model)
-        # a microbatch is every accum-th row, so that devices keep their own rows: (accum, B / accum, T + 1)
-        tokens = tokens.astype(jnp.int32).reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
-        total = jnp.sum(tokens[..., 1:] >= 0)  # a target weighs the same in any microbatch
+    # a device differentiates the loss of its own rows; by itself XLA sums over devices in every microbatch
+    @partial(jax.shard_map, mesh=mesh, in_specs=(None, P(), P("data"), P()), out_specs=P(), check_vma=False)
+    def gradients(model_def, params, tokens, key):
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        tokens = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)  # (accum, B / accum, T + 1)
+        total = jax.lax.psum(jnp.sum(tokens[..., 1:] >= 0), "data")  # a target weighs the same in any of them
 
         def loss_fn(params, tokens, key):
             return loss_sum(nnx.merge(model_def, params), tokens[:, :-1], tokens[:, 1:], key)[0] / total
@@ -443,11 +390,14 @@ def make_train_step(graphdef, state, accum, schedule):
         def microbatch(sums, batch):
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn)(params, *batch)), None
 
-        if accum == 1:
-            loss, grads = jax.value_and_grad(loss_fn)(params, tokens[0], key)
-        else:
-            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-            (loss, grads), _ = jax.lax.scan(microbatch, zeros, (tokens, jax.random.split(key, accum)))
+        zeros, keys = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), jax.random.split(key, accum)
+        loss_and_grads, _ = jax.lax.scan(microbatch, zeros, (tokens, keys))
+        return jax.lax.psum(loss_and_grads, "data")
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(state, tokens, key):
+        model, optimizer = nnx.merge(graphdef, state)
+        loss, grads = gradients(*nnx.split(model), tokens, key)
         metrics = {"loss": loss, "lr": schedule(optimizer.step[...]), "grad_norm": optax.global_norm(grads)}
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), metrics
@@ -455,16 +405,24 @@ def make_train_step(graphdef, state, accum, schedule):
     return train_step
 
 
-def evaluate(eval_step, state, inputs, targets, batch_size, put):
-    """Mean loss in nats over every target of the rows (N, T), whatever the batch size."""
+def make_eval_step(graphdef, mesh):
+    """jit: (state, inputs (B, T), targets (B, T)) -> what loss_sum returns."""
+    sums = lambda state, inputs, targets: loss_sum(nnx.merge(graphdef, state)[0], inputs, targets)
+    return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
+
+
+def evaluate(eval_step, state, rows, batch_size, mesh):
+    """{"val_loss": nats over every target of the rows, two (N, T), whatever the batch size}."""
+    inputs, targets = rows
     short = -len(inputs) % batch_size  # the last batch is filled up with targets that do not count
     inputs = np.pad(inputs, ((0, short), (0, 0)))
     targets = np.pad(targets, ((0, short), (0, 0)), constant_values=-1)
     sums = []
     for i in range(0, len(inputs), batch_size):
-        sums.append(eval_step(state, put(inputs[i : i + batch_size]), put(targets[i : i + batch_size])))
+        batch = inputs[i : i + batch_size], targets[i : i + batch_size]
+        sums.append(eval_step(state, *common.shard_batch(mesh, batch, whole=True)))
     nats, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return float(nats / count)
+    return {"val_loss": float(nats / count)}
 
 
 # ---- sampling ----
@@ -485,6 +443,7 @@ def sample(key, logits, temperature, top_k, top_p):
     return jnp.take_along_axis(ids, jax.random.categorical(key, logits)[:, None], axis=-1)[:, 0]
 
 
+@partial(nnx.jit, static_argnames=("max_new_tokens", "temperature", "top_k", "top_p", "eos"))
 def generate(
     model, tokens, max_new_tokens, *, key, temperature=1.0, top_k=None, top_p=None, lengths=None, eos=None
 ):
@@ -493,20 +452,11 @@ def generate(
     Row b holds lengths[b] tokens, then padding; its new tokens follow at once. After `eos` there is only eos.
     Raises ValueError beyond the model's positions.
     """
-    tokens, positions = jnp.asarray(tokens, jnp.int32), model.config.n_positions
-    B, T = tokens.shape
+    (B, T), positions = tokens.shape, model.config.n_positions
     if T + max_new_tokens > positions:
         raise ValueError(f"{T} + {max_new_tokens} tokens, and the model has {positions} positions")
-    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
-    how = max_new_tokens, temperature, top_k, top_p, eos
-    return _generate(model, tokens, jnp.asarray(lengths, jnp.int32), key, *how)
-
-
-@partial(nnx.jit, static_argnums=(4, 5, 6, 7, 8))
-def _generate(model, tokens, lengths, key, max_new_tokens, temperature, top_k, top_p, eos):
-    B, T = tokens.shape
+    lengths = jnp.full(B, T) if lengths is None else jnp.asarray(lengths)
     rows, fill = jnp.arange(B), 0 if eos is None else eos
-    longer = ((0, 0), (0, max_new_tokens))
 
     def draw(i, out, done, x):  # new token i of each row, from the hidden state (B, C) before it
         new = sample(jax.random.fold_in(key, i), model.head(x), temperature, top_k, top_p)
@@ -519,9 +469,12 @@ def _generate(model, tokens, lengths, key, max_new_tokens, temperature, top_k, t
         x, caches = model.hidden(jnp.take_along_axis(out, pos, axis=1), caches=caches, pos=pos)
         return i + 1, *draw(i, out, done, x[:, 0]), caches
 
-    x, kv = model.hidden(tokens)
-    caches = jax.tree.map(lambda a: jnp.pad(a, (*longer, (0, 0), (0, 0))), kv)  # (B, T + new, H, D)
-    out = jnp.where(jnp.arange(T + max_new_tokens) < lengths[:, None], jnp.pad(tokens, longer), fill)
+    H, D = model.config.n_head, model.config.n_embd // model.config.n_head
+    empty = jnp.zeros((B, T + max_new_tokens, H, D), model.wte.dtype)
+    caches = [(empty, empty) for _ in model.h]  # keys and values
+    x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])
+    out = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, max_new_tokens)))
+    out = jnp.where(jnp.arange(T + max_new_tokens) < lengths[:, None], out, fill)
     out, done = draw(0, out, jnp.zeros(B, bool), x[rows, lengths - 1])
     going = lambda carry: (carry[0] < max_new_tokens) & ~carry[2].all()
     return jax.lax.while_loop(going, step, (1, out, done, caches))[1]
@@ -529,7 +482,7 @@ def _generate(model, tokens, lengths, key, max_new_tokens, temperature, top_k, t
 
 def encode_prompts(tokenizer, texts, positions):
     """Token ids of each text; "" begins a new document. UsageError where there is no room for a new token."""
-    rows = [encode(tokenizer, [text])[:-1].tolist() or [tokenizer.eos_token_id] for text in texts]
+    rows = [ids.tolist() or [tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
     n = max(map(len, rows), default=0)
     expect(n < positions, f"--prompt: {n} tokens, and there are {positions} positions")
     return rows
@@ -537,16 +490,15 @@ def encode_prompts(tokenizer, texts, positions):
 
 def complete(model, tokenizer, prompts, cfg, key):
     """Each prompt with what the model makes of it, as text."""
-    positions = model.config.n_positions
+    positions, eos = model.config.n_positions, tokenizer.eos_token_id
     ids = encode_prompts(tokenizer, prompts, positions)
-    lengths = [len(i) for i in ids]
-    longest = max(lengths)
-    new = min(cfg.max_new_tokens, positions - longest)
+    lengths = [len(row) for row in ids]
+    new = min(cfg.max_new_tokens, positions - max(lengths))
     if new < cfg.max_new_tokens:
         print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
-    tokens = np.array([i + [0] * (longest - len(i)) for i in ids])
-    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=tokenizer.eos_token_id)
-    out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **how))
+    tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in ids])
+    draw = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
+    out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **draw))
     return [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
 
 
@@ -555,8 +507,11 @@ def complete(model, tokenizer, prompts, cfg, key):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "val_docs seq_len shuffle_buffer n_layer n_head n_embd max_new_tokens")
+    common.check(
+        cfg, "val_docs", "seq_len", "shuffle_buffer", "n_layer", "n_head", "n_embd", "max_new_tokens"
+    )
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
+    expect(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: must be in [0, 1]")
     expect(cfg.temperature >= 0, f"--temperature {cfg.temperature}: must not be negative; 0 is greedy")
     expect(cfg.top_k is None or cfg.top_k > 0, f"--top-k {cfg.top_k}: must be at least 1")
     expect(cfg.top_p is None or 0 < cfg.top_p <= 1, f"--top-p {cfg.top_p}: must be in (0, 1]")
@@ -564,8 +519,8 @@ def check(cfg):
 
 
 def build(cfg, tokenizer):
-    """The model to start from: that of --init-from, or a new one."""
-    V, eos = len(tokenizer), tokenizer.eos_token_id
+    """The model to start from: that of --init-from, whose sizes it has, or a new one."""
+    V, eos = common.vocabulary_size(tokenizer), tokenizer.eos_token_id
     rates = dict(embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, resid_pdrop=cfg.dropout)
     if not cfg.init_from:
         sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_positions=cfg.seq_len)
@@ -573,13 +528,8 @@ def build(cfg, tokenizer):
         create = lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed))
         return nnx.jit(create)()
     model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
-    config, default = model.config, Config(**PRESETS[cfg.preset])
-    for name in ("n_layer", "n_head", "n_embd"):  # left at the default, they are those of the checkpoint
-        asked, found = getattr(cfg, name), getattr(config, name)
-        expect(asked in (found, getattr(default, name)), f"{flag(name)} {asked}: {cfg.init_from} has {found}")
-    vocabulary = f"{cfg.init_from} has a vocabulary of {config.vocab_size}"
-    name = cfg.tokenizer or cfg.init_from
-    expect(config.vocab_size >= V, f"--tokenizer {name}: has {V} tokens, and {vocabulary}")
+    wrong = f"--tokenizer {cfg.tokenizer or cfg.init_from}: ids up to {V - 1}, and {cfg.init_from} knows"
+    expect(model.config.vocab_size >= V, f"{wrong} {model.config.vocab_size}")
     return model
 
 
@@ -592,27 +542,13 @@ def main(cfg):
         print("\n---\n".join(complete(build(cfg, tokenizer), tokenizer, cfg.prompt, cfg, sampling)))
         return {}
 
-    # the documents to validate on, then the tokenizer
+    # data: documents to validate on, the tokenizer, and rows of tokens
     sources = common.open_data(cfg, {"text": cfg.text_column})
-    train, data = [splits["train"] for splits in sources], " ".join((*cfg.data, *cfg.data_name))
-    found, val_name = sources, data
-    if cfg.val_data:
-        found = common.open_data(cfg, {"text": cfg.text_column}, cfg.val_data, "--val-data")
-        val_name = " ".join(cfg.val_data)
-    held_out = [splits.get("validation", splits.get("test", splits["train"])) for splits in found]
-    weights = () if cfg.val_data else cfg.data_weights  # those are the shares of --data
-    val_texts = [record["text"] for record in islice(common.mix(held_out, weights), cfg.val_docs)]
-    n, val_set = len(val_texts), set(val_texts)
-    fewer = "ask for fewer, or give --val-data (a text file is one document)"
-    expect(n == cfg.val_docs, f"--val-docs {cfg.val_docs}: {val_name} has only {n} documents; {fewer}")
-    documents = lambda: (r["text"] for r in common.mix(train, cfg.data_weights) if r["text"] not in val_set)
-    left = f"--val-docs {n}: leaves no document of {data} to train on; {fewer}"
-    expect(not cfg.steps or any(documents()), left)
-    name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
-    tokenizer = load_tokenizer(name, documents())
+    val_texts, documents = common.hold_out_texts(cfg, sources)
+    tokenizer_name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
+    tokenizer = load_tokenizer(tokenizer_name, documents)
     val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len)
     tokens_per_byte = np.sum(val_rows[1] >= 0) / sum(len(text.encode()) for text in val_texts)
-    inputs, targets = (rows[: cfg.eval_batches * cfg.batch_size or None] for rows in val_rows)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
@@ -621,66 +557,55 @@ def main(cfg):
     encode_prompts(tokenizer, cfg.prompt, positions)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step = make_train_step(graphdef, state, cfg.accum, schedule)
-    sums = lambda state, x, y: loss_sum(nnx.merge(graphdef, state)[0], x, y)
-    eval_step = jax.jit(sums, out_shardings=common.replicated(mesh))
-    put, put_whole = partial(common.shard_batch, mesh), partial(common.shard_whole_batch, mesh)
+    train_step, eval_step = make_train_step(graphdef, state, cfg, schedule), make_eval_step(graphdef, mesh)
+    accum = common.microbatches(cfg)
 
     def validate(state):
-        loss = evaluate(eval_step, state, inputs, targets, cfg.batch_size, put_whole)
-        return {"val_loss": loss, "val_bpb": float(loss / math.log(2) * tokens_per_byte)}
+        result = evaluate(eval_step, state, val_rows, cfg.batch_size // accum, mesh)
+        return result | {"val_bpb": result["val_loss"] / math.log(2) * tokens_per_byte}  # bits per byte
 
     if not cfg.steps:
         result = validate(state)
-        print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {n} documents of {val_name}")
+        print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {len(val_texts)} documents")
         return result
 
-    # the run directory, the newest checkpoint in it, and the stream from where that was
+    # the run directory, its newest checkpoint, and the stream from where that was
     def write_folder(folder):
         tokenizer.save_pretrained(folder)
         model.config.save_pretrained(folder)
 
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    run = common.Run("gpt", cfg, common.fingerprint(train) | {"tokenizer": digest}, write_folder)
-    step, state, position = run.restore(state)
-    epochs = [partial(training_rows, source, tokenizer, cfg, val_set) for source in train]
-    rows, how = cfg.batch_size // jax.process_count(), dict(seed=cfg.seed, position=position)
-    if cfg.data == ("synthetic",):
-        columns = {"tokens": ((cfg.seq_len + 1,), 0, len(tokenizer), np.int32)}
-        stream = common.synthetic_batches(columns, rows, **how)
-    else:
-        how |= dict(weights=cfg.data_weights, retries=cfg.retries)
-        stream = common.batches(epochs, rows, **how)
-    stream = common.Prefetch(stream, depth=128, stop=lambda: run.stop)
+    unchanged = common.unchanged(cfg, sources) | {"validation texts": common.digest(val_texts)}
+    unchanged["tokenizer"] = common.digest(tokenizer.backend_tokenizer.to_str())
+    run = common.Run("gpt", cfg, unchanged, FREE.split(), write_folder)
+    state = run.restore(state)
+    make_rows = partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1)
+    batches = common.open_batches(cfg, sources, make_rows, run)
 
     N, T = sum(p.size for p in jax.tree.leaves(nnx.state(model))), cfg.seq_len
     # FLOPs to train on a token: 6 a parameter but for wpe's, 12 L C T for attention (arXiv 2204.02311, B)
     flops = 6 * (N - model.wpe.embedding.size) + 12 * model.config.n_layer * model.config.n_embd * T
-    print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}")
-    print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"data       {data}, validation on {n} documents of {val_name}")
-    print(f"tokenizer  {name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
-    print(f"step       {cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens, {cfg.optimizer}")
-    print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
+    print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
+    print(f"data       {' '.join((*cfg.data, *cfg.data_name))}, validation on {len(val_texts)} documents")
+    print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
+    size = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
+    print(f"step       {size}, {accum} microbatches, {cfg.optimizer}")
+    print(f"run        {run.dir}, from step {run.step} to {cfg.steps}", flush=True)
     del model  # with --fsdp, or the first device would keep it whole
 
-    with run.training(step, "tokens", cfg.batch_size * T, flops, stream):
-        for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
-            state, metrics = train_step(state, put(batch["tokens"]), jax.random.fold_in(key, step))
-            step += 1
-            run.step(step, state, position, metrics)
-            last = step == cfg.steps
-            if step % cfg.eval_every == 0 or last:
+    with run.training(batches, 128, "tokens", cfg.batch_size * T, flops):
+        for step, batch in run.steps():
+            tokens = common.shard_batch(mesh, batch["tokens"])
+            state, metrics = train_step(state, tokens, jax.random.fold_in(key, step))
+            run.log(state, metrics)
+            if run.due(cfg.eval_every):
                 with run.pause():
                     result = validate(state)
-                run.flush(**result)
-            if cfg.sample_every and (step % cfg.sample_every == 0 or last):
+                run.flush(result)
+            if run.due(cfg.sample_every):
                 with run.pause():
-                    model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step)
+                    model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step + 1)
                     texts = complete(model, tokenizer, cfg.prompt or [""], cfg, sample_key)
                 run.say("\n---\n".join(texts))
-            if step % cfg.ckpt_every == 0 or last:
-                run.save()
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last

@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2015) trained from a stream of images, in one file.
+"""ResNet (He et al. 2015) trained from a stream of pictures, in one file.
 
     python resnet_stream.py                     # offline: a small ResNet on scikit-learn's handwritten digits
     python resnet_stream.py --preset imagenet   # ResNet-50 on ImageNet, streamed from the Hugging Face hub
@@ -7,82 +7,85 @@
 Pictures are decoded and cropped in threads as they arrive. A run killed at any moment goes on with --resume,
 bit for bit. When it ends, its directory is a Hugging Face model folder.
 
-Presets, their recipes and what they aim at:
-digits    offline: 99.7 % of the 359 held-out digits in 66 to 75 seconds on two CPU cores
-cifar10   ResNet-18 much as in kuangliu/pytorch-cifar, 200 epochs: aims at 95-96 %, not measured here
-imagenet  ResNet-50 v1.5 much as in NVIDIA's DeepLearningExamples, 90 epochs: aims at their 77.1 % top-1, not
-          measured here
+Measured on two CPU cores: the first command reaches 99.7 % of the 359 held-out digits in 70 seconds. Not
+measured: cifar10 follows kuangliu/pytorch-cifar, 200 epochs, and aims at 95 %; imagenet follows NVIDIA's
+DeepLearningExamples, 90 epochs, and aims at their 77.1 % top-1.
 
 Shapes: B batch, H height, W width, C channels, S side of the square that the model sees.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
 import textwrap
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import common
-from common import expect, flag
+from common import expect
 
 import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from datasets.utils.file_utils import xopen
 from flax import nnx
-from PIL import Image, ImageOps
+from huggingface_hub.errors import EntryNotFoundError
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.numpy import save_file
-from transformers import ResNetConfig
+from transformers import AutoImageProcessor, BitImageProcessorPil, ConvNextImageProcessorPil, ResNetConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BILINEAR = Image.Resampling.BILINEAR
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata make no picture worse
 
 
 @dataclasses.dataclass
-class Config:
+class Config(common.RunConfig):
     preset: Literal["digits", "cifar10", "imagenet"] = (
         "digits"  # a recipe: other defaults for the flags below
     )
     # data
     data: tuple[str, ...] = ("digits",)  # digits (offline), synthetic, hub ids, files, URLs, folders
-    data_name: tuple[str, ...] = ()  # configuration of each hub data set, as in sample-10BT; - for none
+    data_name: tuple[str, ...] = ()  # configuration of each hub data set; - for none
     data_weights: tuple[float, ...] = ()  # share of each --data in the rows; equal without
     image_column: str | None = None  # column with the picture; found by its type
     label_column: str | None = None  # column with the class, an int; found by its type or name
     val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or see val_every
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
+    num_classes: int | None = None  # needed where labels are bare numbers; else found from their names
     image_size: int = 16  # side of the square that the model sees, S; left at the default, init_from's
+    eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; init_from has its own
     crop: Literal["pad", "resized"] = "pad"  # training sees shifted pictures, or random parts of them
     crop_pad: int = 2  # pad: shifted by at most so many pixels
     crop_area: float = 0.08  # resized: least share of the picture
     flip: bool = False  # training sees half of the pictures mirrored
-    eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; init_from has its own
     mixup: float = 0.2  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
     shuffle_buffer: int = 1_000  # pictures that are shuffled together, held as files
-    retries: int = 8  # times in a row that a source that fails is opened again
     # model
-    depth: int = 18  # layers: 18, 34, 50, 101 or 152
+    depth: Literal[18, 34, 50, 101, 152] = 18  # layers
     width: int = 16  # channels after the stem; 64 is the published network
     stem: Literal["imagenet", "cifar"] = "cifar"  # 7x7 at stride 2 and a pool, or for small pictures 3x3
-    num_classes: int | None = None  # needed where labels are bare numbers; else found from their names
     dropout: float = 0.0  # on the pooled features
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 600  # optimizer steps; 0 only evaluates, or predicts, from init_from
     batch_size: int = 64  # pictures a step, over all devices
-    accum: int = 1  # microbatches that a step is cut into, to fit in memory; batch norm sees one at a time
+    device_rows: int = 256  # pictures that a device takes at once, to fit in memory
+    accum: int | None = None  # microbatches in a step, batch norm sees one; else as few as device_rows allows
     lr: float = 0.1  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end, after half a cosine
+    cooldown: float = 0.0  # share of the steps in which a constant rate falls in a line; 0 is the cosine
     warmup_steps: int = 50  # linear, from nothing to lr
     momentum: float = 0.9  # of SGD, Nesterov's: share of the last update in the next
     weight_decay: float = 5e-4  # on convolutions and the head, not on norms and biases
@@ -92,21 +95,7 @@ class Config:
     seed: int = 0  # of the init, the order of the data, crops, mixup and dropout
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
-    fsdp: bool = False  # shard parameters and optimizer state over the devices
-    # run
-    coordinator: str | None = None  # HOST:PORT of process 0 where several train together; auto asks jax
-    num_processes: int | None = None  # how many these are; found with auto, SLURM and Open MPI
-    process_id: int | None = None  # which of them this one is, from 0
-    out_dir: str | None = None  # directory of the run; else the next free out/resnet-001, out/resnet-002, ...
-    resume: bool = False  # go on with the run in out_dir, or with the newest one
-    overwrite: bool = False  # delete the run in out_dir and start again
-    log_every: int = 10  # steps between two lines of metrics.jsonl
-    eval_every: int = 150  # steps between two validations, which redraw curves.png and predictions.png
     eval_batches: int = 0  # batches of validation pictures; 0 takes all
-    ckpt_every: int = 150  # steps between two checkpoints
-    keep: int = 2  # newest checkpoints to keep
-    profile: str | None = None  # directory for a trace of steps 10 to 15, for TensorBoard or XProf
-    wandb: str | None = None  # project on Weights & Biases to log to
     # use
     predict: tuple[str, ...] = ()  # picture files to classify; with --steps 0
 
@@ -121,191 +110,154 @@ IMAGENET |= dict(steps=112_590, batch_size=1_024, warmup_steps=6_255, eval_every
 IMAGENET |= dict(lr=1.024, momentum=0.875, weight_decay=2**-15, dtype="bfloat16")
 PRESETS = {"digits": {}, "cifar10": CIFAR, "imagenet": IMAGENET}
 
+# these may change when a run goes on, beside those of RunConfig
+FREE = "steps device_rows accum lr min_lr cooldown warmup_steps momentum weight_decay label_smoothing mixup"
+FREE += " grad_clip dropout remat eval_batches predict"
+
 
 # ---- data ----
 
 
-class View(NamedTuple):
-    """How a model wants to see a picture when it is evaluated: what preprocessor_config.json says."""
+def open_digits():
+    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998) as png files, a fifth held out."""
+    from sklearn.datasets import load_digits  # slow to import
 
-    size: int  # side of the central square, S
-    short: int  # to which the short side is resized before
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resample: int = Image.Resampling.BILINEAR
-
-
-DECODERS = ThreadPoolExecutor(os.cpu_count(), "decode")  # pillow works without the interpreter's lock
-
-
-def open_image(data, shrink=None):
-    """The picture in the bytes `data`, upright, in RGB, on white where it is transparent.
-
-    `shrink(width, height)` is the least size that is of use: a jpeg may come at 1/2, 1/4 or 1/8 of its own.
-    """
-    image = Image.open(BytesIO(data))
-    if shrink is not None:
-        image.draft(None, shrink(*image.size))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
-        pixels = np.asarray(image, np.float32)
-        top = 65535 if image.mode.startswith("I") else pixels.max()
-        image = Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def central(width, height, share=1.0):
-    """Box (left, top, right, bottom) of the central square, `share` of the short side long."""
-    side = min(width, height) * share
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def random_box(width, height, areas, shapes, where):
-    """Box of the first of the `areas` (of 1) and `shapes` (width / height) that fits, at `where` (2,)."""
-    for area, shape in zip(areas, shapes):
-        w, h = math.sqrt(area * shape * width * height), math.sqrt(area / shape * width * height)
-        if w <= width and h <= height:
-            left, top = where[0] * (width - w), where[1] * (height - h)
-            return left, top, left + w, top + h
-    return central(width, height)
-
-
-def resize(image, size, box, resample=Image.Resampling.BILINEAR):
-    return image.resize((size, size), resample, box, reducing_gap=2.0)
-
-
-def least(box_of, size):
-    """The least (width, height) of a picture in which the box is still `size` pixels long and wide."""
-
-    def shrink(width, height):
-        left, top, right, bottom = box_of(width, height)
-        scale = size / min(right - left, bottom - top)
-        return math.ceil(width * scale), math.ceil(height * scale)
-
-    return shrink
-
-
-def evaluation_crop(data, view):
-    """The picture in the bytes `data` as the model wants to see it, (S, S, 3) uint8."""
-    box_of = partial(central, share=view.size / view.short)
-    image = open_image(data, least(box_of, view.size))
-    return np.asarray(resize(image, view.size, box_of(*image.size), view.resample))
-
-
-def training_crop(data, cfg, view, key):
-    """A random crop (S, S, 3) uint8, shifted or of random area and shape; the same for the same `key`."""
-    rng, S = np.random.default_rng(key), view.size
-    where, mirror = rng.random(2), cfg.flip and rng.random() < 0.5
-    if cfg.crop == "pad":
-        image = open_image(data, least(central, S))
-        image = image if image.size == (S, S) else resize(image, S, central(*image.size))
-        left, top = (where * (2 * cfg.crop_pad + 1)).astype(int) - cfg.crop_pad
-        image = image.crop((left, top, left + S, top + S))  # black beyond the edge
-    else:  # Szegedy et al. 2014
-        areas, shapes = rng.uniform(cfg.crop_area, 1, 10), np.exp(rng.uniform(-1, 1, 10) * math.log(4 / 3))
-        box_of = partial(random_box, areas=areas, shapes=shapes, where=where)
-        image = open_image(data, least(box_of, S))
-        image = resize(image, S, box_of(*image.size))
-    return np.asarray(image)[:, ::-1] if mirror else np.asarray(image)
-
-
-def is_held_out(data, every):
-    """Whether a picture is for validation: one in `every` is, by its bytes, wherever it stands and recurs."""
-    return zlib.crc32(data) % every == 0
-
-
-def decode(source, crop, classes, batch):
-    """{"image": (S, S, 3) uint8 each, "label": int32} of the records for which `crop` gives a picture."""
-
-    def attempt(value, record):
-        try:
-            data = common.image_bytes(value)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            return error  # any other fault of disk or network is the stream's to mend
-        try:
-            return crop(data, record)
-        except Exception as error:  # pillow raises some ten kinds
-            return error
-
-    rows = {"image": [], "label": []}
-    found = DECODERS.map(attempt, batch["image"], batch["record"])
-    for image, label, record in zip(found, batch["label"], batch["record"]):
-        if label >= classes:
-            source.skip(record, f"label is {label}, expected a class from 0 to {classes - 1}")
-        elif isinstance(image, Exception):
-            source.skip(record, common.first_line(image))
-        elif image is not None:
-            rows["image"].append(image)
-            rows["label"].append(np.int32(label))
-    return rows
-
-
-def training_images(source, cfg, view, classes, every, epoch):
-    """One epoch of `source` as rows {"image": (S, S, 3) uint8, "label": int32}, cropped at random.
-
-    With `every` above 1, but for the pictures held out.
-    """
-
-    def shuffle(batch):
-        records = batch["record"]
-        order = np.random.default_rng([cfg.seed, epoch, source.rank, records[0]]).permutation(len(records))
-        return {name: [column[i] for i in order] for name, column in batch.items()}
-
-    def crop(data, record):
-        if every == 1 or not is_held_out(data, every):
-            return training_crop(data, cfg, view, [cfg.seed, epoch, record])
-
-    stages = (shuffle, cfg.shuffle_buffer), (partial(decode, source, crop, classes), 64)
-    return source.map(epoch, cfg.seed, *stages)
-
-
-def validation_batches(sources, view, classes, batch_size):
-    """Each picture of [(source, every), ...] that is held out, once, in batches of training_images' columns.
-
-    Blank pictures with the label -1 fill the last one up.
-    """
-    images, labels = [], []
-    for source, every in sources:
-        # a pass of its own: training counts the bad records of its own at the same time
-        source = dataclasses.replace(source, epoch=None, recent=deque(maxlen=101))
-        crop = lambda data, _, every=every: evaluation_crop(data, view) if is_held_out(data, every) else None
-        rows = iter(source)
-        while chunk := list(islice(rows, 64)):
-            source.seen = chunk[-1]["record"]
-            found = decode(source, crop, classes, {name: [row[name] for row in chunk] for name in chunk[0]})
-            images, labels = images + found["image"], labels + found["label"]
-            while len(images) >= batch_size:
-                yield np.stack(images[:batch_size]), np.stack(labels[:batch_size])
-                images, labels = images[batch_size:], labels[batch_size:]
-    if images:
-        short = batch_size - len(images)
-        yield np.pad(images, [(0, short), *[(0, 0)] * 3]), np.pad(labels, (0, short), constant_values=-1)
-
-
-def open_digits(seed):
-    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998) as png files, every fifth held out."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    files = []
+    digits, files = load_digits(), []
     for pixels in digits.images:  # (8, 8), 0 to 16
         Image.fromarray(np.uint8(pixels * 255 / 16)).save(file := BytesIO(), "png")
-        files.append({"bytes": file.getvalue(), "path": None})
-    classes = [str(name) for name in digits.target_names]
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=classes))
-    order, n, sources = np.random.default_rng(seed).permutation(len(files)), len(files) // 5, {}
-    for split, part in {"validation": order[:n], "train": order[n:]}.items():
-        rows = {"image": [files[i] for i in part], "label": digits.target[part].tolist()}
-        shards = max(4, jax.process_count())
-        ds = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=shards)
-        columns = {"image": "image", "label": "label"}
-        how = dict(rank=jax.process_index(), world=jax.process_count())
-        sources[split] = common.Source(ds, columns, dict(data="digits", split=split), classes, **how)
-    return sources
+        files.append(file.getvalue())
+    order, splits = np.random.default_rng(0).permutation(len(files)), {}
+    for split, part in {"validation": order[:359], "train": order[359:]}.items():
+        rows = {"image": [files[i] for i in part], "label": digits.target[part]}
+        splits[split] = datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=100)
+    return common.Source(splits, {"image": "image", "label": "label"}, [*"0123456789"], 0, {})
+
+
+def open_sources(cfg):
+    """Sources to train on, and [(source, share)] to validate on: with one picture in `share` of its split."""
+    roles = {"image": cfg.image_column, "label": cfg.label_column}
+    train = [open_digits()] if cfg.data == ("digits",) else common.open_data(cfg, roles)
+    if cfg.val_data:
+        return train, [(source, 1) for source in common.open_data(cfg, roles, cfg.val_data, "--val-data")]
+    return train, [(source, cfg.val_every if source.validation == "train" else 1) for source in train]
+
+
+def class_names(cfg, sources):
+    """The names of the classes, of all sources the same; None where the model of --init-from has to know."""
+    n, names = cfg.num_classes, sources[0].classes
+    for source in sources:
+        others = f"its sources have other classes: {brief(names)}; {brief(source.classes)}"
+        expect(source.classes == names, f"--data: {others}")
+    needed = f"is needed, for {cfg.data[0]} does not name its classes"
+    expect(n or names or cfg.init_from, f"--num-classes: {needed}")
+    expect(not (n and names) or n == len(names), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
+    return names or (n and [str(i) for i in range(n)])
+
+
+def brief(names):
+    return textwrap.shorten(f"{len(names)}, {', '.join(names)}", 60, placeholder=" ...") if names else "none"
+
+
+def read_file(value, retries):
+    """The bytes of a picture's file: bytes, or {"bytes", "path"} as `datasets` has it. Raises ValueError."""
+    value = {"bytes": value} if isinstance(value, bytes) else value
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not value.get("path"):
+        raise ValueError("image has neither bytes nor a path")
+    for failures in count(1):
+        try:
+            with xopen(value["path"], "rb") as file:
+                return file.read()
+        except Exception as error:  # the network's have no common kind
+            cause = error.__cause__ or error  # fsspec finds no file where the host does not answer
+            gone = isinstance(cause, FileNotFoundError | EntryNotFoundError)
+            gone = gone or getattr(cause, "status", 0) in (403, 404, 410)
+            if gone or "://" not in str(value["path"]):
+                raise ValueError(common.in_brief(error)) from error
+            common.wait_after(error, failures, retries)
+
+
+def open_image(data, at_least=None):
+    """The picture in a file's bytes, upright, in RGB, on white where it is transparent. Raises ValueError."""
+    try:
+        image = Image.open(BytesIO(data))
+        if at_least:  # a large jpeg may come at 1/2, 1/4 or 1/8 of its size
+            image.draft(None, (at_least, at_least))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
+            pixels = np.asarray(image, np.float32)
+            top = 65535 if image.mode.startswith("I") else pixels.max()
+            image = Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # pillow raises some ten kinds
+        raise ValueError(common.in_brief(error)) from error
+
+
+def random_box(width, height, least, rng):
+    """(left, top, right, bottom) of a random part of a picture: `least` to all of it, 3:4 to 4:3."""
+    area, shape = rng.uniform(least, 1, 10), np.exp(rng.uniform(-1, 1, 10) * math.log(4 / 3))
+    for w, h in zip(np.sqrt(area * shape * width * height), np.sqrt(area / shape * width * height)):
+        if w <= width and h <= height:
+            left, top = rng.random(2) * (width - w, height - h)
+            return left, top, left + w, top + h
+    return None
+
+
+def training_crop(cfg, size, data, key):
+    """A random crop (S, S, 3) uint8, of random area and shape or shifted; the same for the same `key`."""
+    rng, image, box = np.random.default_rng(key), open_image(data, 4 * size), None
+    if cfg.crop == "resized":  # Szegedy et al. 2014
+        box = random_box(*image.size, cfg.crop_area, rng)
+    if box:
+        image = image.resize((size, size), BILINEAR, box, reducing_gap=2.0)
+    else:
+        image = ImageOps.fit(image, (size, size), BILINEAR)  # the central square
+    if cfg.crop == "pad":  # black beyond the edge
+        left, top = rng.integers(-cfg.crop_pad, cfg.crop_pad + 1, 2)
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)[:, :: -1 if cfg.flip and rng.random() < 0.5 else 1]
+
+
+def make_rows(records, rng):
+    """The records in another order, each with a key for its crop."""
+    rows = zip(records["image"], records["label"], rng.integers(2**63, size=len(records["label"])))
+    rows = [dict(image=image, label=label, key=key) for image, label, key in rows]
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def decode(crop, share, held_out, retries, row):
+    """{"image": crop(bytes, key) (S, S, 3) uint8, "label": int32} of a row of make_rows; or the ValueError.
+
+    One picture in `share`, by its bytes, wherever it stands and recurs, is for validation: None of the others
+    where those `held_out` are wanted, and the other way round.
+    """
+    try:
+        data = read_file(row["image"], retries)
+        if share == 1 or (zlib.crc32(data) % share == 0) == held_out:
+            return {"image": crop(data, row["key"]), "label": np.int32(row["label"])}
+    except ValueError as error:
+        path = row["image"].get("path") if isinstance(row["image"], dict) else None
+        return ValueError(f"{path}: {error}") if path else error
+
+
+def validation_rows(sources, view, retries):
+    """Each picture of [(source, share), ...] that is held out, once, as `decode` gives it."""
+    pool, seen, bad = ThreadPoolExecutor(os.cpu_count()), 0, 0
+    crop = lambda data, _: view.pixels(open_image(data))
+    for source, share in sources:
+        rows = iter(source.stream(make_rows, 64, None, source.validation))
+        while chunk := list(islice(rows, 64)):
+            seen += len(chunk)
+            for row in pool.map(partial(decode, crop, share, True, retries), chunk):
+                if isinstance(row, ValueError):
+                    bad += 1
+                    common.report_bad(f"a picture to validate on: {row}", bad, seen)
+                elif row is not None:
+                    yield row
 
 
 # ---- model ----
@@ -323,8 +275,7 @@ def total(x):
 def standardise(x, scale, bias):
     """(y (B, H, W, C), mean (C,), variance (C,)) in float32: y is (x - mean) / deviation * scale + bias.
 
-    Mean and variance are over B, H and W. Only y has a gradient: written out, it takes half of autodiff's
-    passes over x.
+    Only y has a gradient: written out, it takes half of autodiff's passes over x.
     """
     return standardise_fwd(x, scale, bias)[0]
 
@@ -338,11 +289,12 @@ def standardise_fwd(x, scale, bias):
 
 
 def standardise_bwd(saved, grads):
-    (x, mean, inv, scale), dy = saved, grads[0]
-    x_hat = (x - mean) * inv
-    dbias, dscale = total(dy), total(dy * x_hat)
-    n = x.size // x.shape[-1]
-    return (scale * inv * (dy - (dbias + x_hat * dscale) / n)).astype(x.dtype), dscale, dbias
+    (x, mean, inv, scale), (dy, _, _) = saved, grads
+    x_hat, n = (x - mean) * inv, x.size // x.shape[-1]
+    dscale, dbias = total(dy * x_hat), total(dy)
+    # y does not change when all of x moves or stretches: take the parts of dy along 1 and along x_hat out
+    dx = scale * inv * (dy - dbias / n - x_hat * dscale / n)
+    return dx.astype(x.dtype), dscale, dbias
 
 
 standardise.defvjp(standardise_fwd, standardise_bwd)
@@ -369,68 +321,46 @@ class BatchNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
-def conv(fan_in, fan_out, size, stride, dtype, rngs):
-    """A convolution with He's init, padded as PyTorch does it: SAME is another thing at stride 2."""
-    init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-    how = dict(strides=stride, padding=size // 2, use_bias=False, kernel_init=init, dtype=dtype)
-    return nnx.Conv(fan_in, fan_out, (size, size), **how, rngs=rngs)
+class ConvNorm(nnx.Module):
+    """A convolution with He's init, padded as by PyTorch (SAME is another thing at stride 2), and a norm."""
 
-
-def head(fan_in, classes, rngs):
-    """The classifier, with PyTorch's init; in float32 whatever comes before."""
-    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return nnx.Linear(fan_in, classes, kernel_init=init, rngs=rngs)
-
-
-def shortcut(fan_in, fan_out, stride, dtype, rngs):
-    """A projection where a block changes the shape (downsample.0 and .1 in torchvision), else nothing."""
-    if fan_in == fan_out and stride == 1:
-        return nnx.List([])
-    return nnx.List([conv(fan_in, fan_out, 1, stride, dtype, rngs), BatchNorm(fan_out, dtype)])
-
-
-class Basic(nnx.Module):
-    def __init__(self, fan_in, fan_out, stride, dtype, rngs):
-        self.conv1 = conv(fan_in, fan_out, 3, stride, dtype, rngs)
-        self.bn1 = BatchNorm(fan_out, dtype)
-        self.conv2 = conv(fan_out, fan_out, 3, 1, dtype, rngs)
-        # scale 0: a new block is the identity (Goyal et al. 2017)
-        self.bn2 = BatchNorm(fan_out, dtype, scale=0.0)
-        self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
+    def __init__(self, fan_in, fan_out, size, stride, dtype, rngs, scale=1.0):
+        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        given = dict(strides=stride, padding=size // 2, use_bias=False, kernel_init=init, dtype=dtype)
+        self.convolution = nnx.Conv(fan_in, fan_out, (size, size), **given, rngs=rngs)
+        self.normalization = BatchNorm(fan_out, dtype, scale)
 
     def __call__(self, x, train):
-        y = nnx.relu(self.bn1(self.conv1(x), train))
-        y = self.bn2(self.conv2(y), train)
-        if self.downsample:
-            x = self.downsample[1](self.downsample[0](x), train)
-        return nnx.relu(x + y)
+        return self.normalization(self.convolution(x), train)
 
 
-class Bottleneck(nnx.Module):
-    def __init__(self, fan_in, fan_out, stride, dtype, rngs):
-        C = fan_out // 4
-        self.conv1, self.bn1 = conv(fan_in, C, 1, 1, dtype, rngs), BatchNorm(C, dtype)
-        # v1 has the stride in conv1
-        self.conv2, self.bn2 = conv(C, C, 3, stride, dtype, rngs), BatchNorm(C, dtype)
-        self.conv3, self.bn3 = conv(C, fan_out, 1, 1, dtype, rngs), BatchNorm(fan_out, dtype, scale=0.0)
-        self.downsample = shortcut(fan_in, fan_out, stride, dtype, rngs)
+class Block(nnx.Module):
+    """Two 3x3 convolutions, or a bottleneck: 1x1, 3x3 on a quarter of the channels, 1x1."""
+
+    def __init__(self, kind, fan_in, fan_out, stride, dtype, rngs):
+        layer, C = partial(ConvNorm, dtype=dtype, rngs=rngs), fan_out // 4
+        # the last norm begins at 0, so that a new block is the identity (Goyal et al. 2017)
+        if kind == "basic":
+            layers = layer(fan_in, fan_out, 3, stride), layer(fan_out, fan_out, 3, 1, scale=0.0)
+        else:  # v1 has the stride in the first
+            layers = layer(fan_in, C, 1, 1), layer(C, C, 3, stride), layer(C, fan_out, 1, 1, scale=0.0)
+        self.layer, changes = nnx.List(layers), fan_in != fan_out or stride > 1
+        self.shortcut = layer(fan_in, fan_out, 1, stride) if changes else None
 
     def __call__(self, x, train):
-        y = nnx.relu(self.bn1(self.conv1(x), train))
-        y = nnx.relu(self.bn2(self.conv2(y), train))
-        y = self.bn3(self.conv3(y), train)
-        if self.downsample:
-            x = self.downsample[1](self.downsample[0](x), train)
-        return nnx.relu(x + y)
+        y = x
+        for layer in self.layer[:-1]:
+            y = nnx.relu(layer(y, train))
+        y = self.layer[-1](y, train)
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x, train)))
 
 
 class ResNet(nnx.Module):
-    """ResNet v1.5 (He et al. 2015), its attributes named as in torchvision.
+    """ResNet v1.5 (He et al. 2015), its parts named as in transformers.
 
-    `config`: a transformers.ResNetConfig, and in it `stem`, "imagenet" where there is none. `view`: how it
-    wants to see pictures. `dtype`: of the computation; parameters are float32.
-    model(images (B, H, W, 3) float, normalised) -> logits (B, classes) float32. `train` takes batch norm's
-    statistics from the batch and keeps them; dropout only where a key is given too.
+    `config`: a transformers.ResNetConfig, and in it `stem`, "imagenet" where there is none. `dtype`: of the
+    computation; parameters are float32. model(images (B, H, W, 3), normalised) -> logits (B, classes).
+    `train` takes batch norm's statistics from the batch and keeps them; dropout only with a key too.
     """
 
     def __init__(self, config, view, *, dropout=0.0, dtype="float32", remat=False, rngs):
@@ -438,141 +368,149 @@ class ResNet(nnx.Module):
         self.dtype, self.remat = dtype, remat
         self.stem = getattr(config, "stem", "imagenet")
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        block = Bottleneck if config.layer_type == "bottleneck" else Basic
-        C = config.embedding_size
-        self.conv1, self.bn1 = conv(3, C, size, stride, dtype, rngs), BatchNorm(C, dtype)
-        for i, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes), 1):
-            first = block(C, width, 1 if i == 1 else 2, dtype, rngs)
-            rest = [block(width, width, 1, dtype, rngs) for _ in range(depth - 1)]
-            setattr(self, f"layer{i}", nnx.List([first, *rest]))
+        block = partial(Block, config.layer_type, dtype=dtype, rngs=rngs)
+        C, stages = config.embedding_size, []
+        self.embedder = ConvNorm(3, C, size, stride, dtype, rngs)
+        for i, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes)):
+            first = block(C, width, stride=2 if i else 1)
+            stages.append(nnx.List([first, *(block(width, width, stride=1) for _ in range(depth - 1))]))
             C = width
-        self.fc = head(C, config.num_labels, rngs)
+        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's; float32 in any case
+        self.stages = nnx.List(stages)
+        self.classifier = nnx.Linear(C, config.num_labels, kernel_init=init, rngs=rngs)
 
     def __call__(self, images, train=False, key=None):
-        x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype)), train))
+        x = nnx.relu(self.embedder(images.astype(self.dtype), train))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-        for i in range(1, len(self.config.depths) + 1):
-            for block in getattr(self, f"layer{i}"):  # (B, H, W, C), then half of H and W, twice the C
-                call = type(block).__call__
-                x = (nnx.remat(call, static_argnums=2) if self.remat else call)(block, x, train)
+            # windows overlap, so that its gradient is a sum: in float32
+            x = nnx.max_pool(x.astype(jnp.float32), (3, 3), (2, 2), [(1, 1), (1, 1)]).astype(self.dtype)
+        call = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
+        for block in chain(*self.stages):  # (B, H, W, C), in each stage half of H and W, twice the C
+            x = call(block, x, train)
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
         if key is not None and self.dropout > 0:
             x = jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
-        return self.fc(x)
+        return self.classifier(x)
 
 
-def normalise(images, view):
-    """uint8 (..., 3) -> float32 with the view's mean and deviation taken out."""
-    mean, std = np.array(view.mean, np.float32), np.array(view.std, np.float32)
-    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+class View:
+    """How a model wants to see pictures: what its image processor, one of transformers', makes of them."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        sizes = {self.pixels(Image.new("RGB", size)).shape[:2] for size in ((48, 32), (32, 48))}
+        self.size = max(max(sizes))
+        expect(sizes == {(self.size,) * 2}, f"pictures come out as {sizes}, and not as squares of one size")
+        expect(not getattr(processor, "do_flip_channel_order", False), "do_flip_channel_order: not supported")
+        images = [Image.new("RGB", (self.size,) * 2, color) for color in ("black", "white")]
+        black, white = processor(images, return_tensors="np")["pixel_values"][:, :, 0, 0]
+        self.offset, self.slope = black, (white - black) / 255  # rescaling, mean and deviation, if any
+
+    def pixels(self, image):
+        """The picture as the model is to see it, (S, S, 3) uint8."""
+        raw = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return raw["pixel_values"][0].transpose(1, 2, 0)
+
+    def normalise(self, images):
+        """Pixels (..., 3) uint8 -> what the model reads, float32."""
+        return images.astype(jnp.float32) * self.slope + self.offset
+
+    def resized(self, size):
+        settings = self.processor.to_dict()
+        for name in {"size", "crop_size"} & {name for name in settings if settings[name]}:
+            settings[name] = {side: round(n * size / self.size) for side, n in settings[name].items()}
+        return View(type(self.processor)(**settings))
+
+
+def new_view(size, share):
+    """The view of a new model: the central square, `share` of a picture's short side long."""
+    given = dict(size={"shortest_edge": round(size / share)}, crop_size=dict(height=size, width=size))
+    given |= dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD, resample=BILINEAR)
+    return View(BitImageProcessorPil(**given))
 
 
 # ---- pretrained weights in and out ----
 
 
 def checkpoint_names(model):
-    """{torchvision's name: parameter or statistic}."""
-    leaves = dict(kernel="weight", scale="weight", bias="bias", mean="running_mean", var="running_var")
-    flat = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    return {".".join([*map(str, path[:-1]), leaves[path[-1]]]): param for path, param in flat}
+    """{transformers' name: parameter or statistic}."""
+    leaves, names = dict(kernel="weight", scale="weight", mean="running_mean", var="running_var"), {}
+    for path, param in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+        part, *inner, leaf = map(str, path)
+        if part == "stages":
+            part, inner = "resnet.encoder.stages", [inner[0], "layers", *inner[1:]]
+        part = {"embedder": "resnet.embedder.embedder", "classifier": "classifier.1"}.get(part, part)
+        names[".".join([part, *inner, leaves.get(leaf, leaf)])] = param
+    return names
 
 
-def transformers_name(name):
-    """transformers' name of a tensor: layer1.0.bn2.bias is
-    resnet.encoder.stages.0.layers.0.layer.1.normalization.bias."""
-    *_, leaf = name.split(".")
-    kind = "convolution" if re.search(r"conv\d|downsample.0", name) else "normalization"
-    if m := re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)", name):
-        part = "shortcut" if m[3] == "downsample." else f"layer.{int(m[4]) - 1}"
-        return f"resnet.encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.{part}.{kind}.{leaf}"
-    return f"classifier.1.{leaf}" if name.startswith("fc.") else f"resnet.embedder.embedder.{kind}.{leaf}"
-
-
-def torch_layout(array):
-    """(H, W, in, out) -> (out, in, H, W), (in, out) -> (out, in); a vector stays."""
-    return np.ascontiguousarray(np.transpose(array, {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim]))
-
-
-def our_layout(array):
-    return np.transpose(array, {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+def torchvision_name(name):
+    """resnet.encoder.stages.0.layers.0.layer.1.normalization.bias -> layer1.0.bn2.bias."""
+    *_, kind, leaf = name.split(".")
+    conv = kind == "convolution"
+    if m := re.search(r"stages\.(\d)\.layers\.(\d+)\.(?:layer\.(\d)|shortcut)", name):
+        inner = f"{'conv' if conv else 'bn'}{int(m[3]) + 1}" if m[3] else f"downsample.{0 if conv else 1}"
+        return f"layer{int(m[1]) + 1}.{m[2]}.{inner}.{leaf}"
+    return f"fc.{leaf}" if name.startswith("classifier") else f"{'conv1' if conv else 'bn1'}.{leaf}"
 
 
 def resnet_config(depth, width, stem, classes):
     """transformers' config of the ResNet of that depth; of its own it knows no stem but ImageNet's."""
     kind = "bottleneck" if depth >= 50 else "basic"
     sizes = [width * 2**i * (4 if kind == "bottleneck" else 1) for i in range(4)]
-    how = dict(depths=list(DEPTHS[depth]), hidden_sizes=sizes, layer_type=kind, embedding_size=width)
-    return ResNetConfig(**how, **label_names(classes), stem=stem)
+    given = dict(depths=list(DEPTHS[depth]), hidden_sizes=sizes, layer_type=kind, embedding_size=width)
+    return ResNetConfig(**given, **common.label_names(classes), stem=stem)
 
 
-def depth_of(config):
-    return sum(config.depths) * (3 if config.layer_type == "bottleneck" else 2) + 2
+def read_view(folder, where):
+    """What preprocessor_config.json says; without one, what transformers has by default for a ResNet."""
+    try:
+        if any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
+            return View(AutoImageProcessor.from_pretrained(folder, backend="pil"))
+        return View(ConvNextImageProcessorPil())
+    except Exception as error:  # transformers raises many kinds
+        raise common.UsageError(f"{where}: preprocessor_config.json: {common.in_brief(error)}") from error
 
 
-def label_names(classes):
-    return dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
-
-
-def read_model(folder, path):
-    """(ResNetConfig, View) of a folder in transformers' or timm's format."""
-    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-    raw, seen = read("config.json"), read("preprocessor_config.json")
-    if "architecture" in raw:  # timm's
-        name, cfg = raw["architecture"], raw.get("pretrained_cfg", {})
-        known = [f"resnet{depth}" for depth in DEPTHS]
-        expect(name in known, f"--init-from {path}: architecture is {name}, expected {', '.join(known)}")
-        classes = cfg.get("label_names") or [str(i) for i in range(raw["num_classes"])]
-        config = resnet_config(int(name.removeprefix("resnet")), 64, "imagenet", classes)
-        resample = Image.Resampling[cfg.get("interpolation", "bicubic").upper()]
-        size = cfg.get("input_size", [3, 224, 224])[-1]
-        seen = dict(size=size, crop_pct=cfg.get("crop_pct", 0.875), resample=resample)
-        seen |= dict(image_mean=cfg.get("mean"), image_std=cfg.get("std"))
-    else:
-        config = common.read_config((ResNetConfig,), folder, path)
-    fixed = dict(hidden_act="relu", num_channels=3, downsample_in_first_stage=False)
-    for name, value in (fixed | dict(downsample_in_bottleneck=False)).items():
-        found = getattr(config, name)
-        expect(found == value, f"--init-from {path}: {name} is {found}, only {value} is supported")
-    edge = lambda size: size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
-    short = edge(seen.get("size", 224))
-    size = edge(seen["crop_size"]) if "crop_size" in seen else short
-    if "crop_pct" in seen:  # ConvNext's processor and timm: this share of the short side is seen
-        short = int(size / seen["crop_pct"])
-    mean, std = (tuple(seen.get(f"image_{name}") or getattr(View, name)) for name in ("mean", "std"))
-    return config, View(size, short, mean, std, int(seen.get("resample", Image.Resampling.BILINEAR)))
-
-
-def from_pretrained(path, *, classes=None, size=None, dropout=0.0, dtype="float32", remat=False, seed=0):
+def from_pretrained(
+    path, *, classes=None, new_head=False, size=None, dropout=0.0, dtype="float32", remat=False, seed=0
+):
     """The ResNet of a hub id, a folder or a run directory, named as in transformers or as in torchvision.
 
-    Names of `classes` that are not as many as the checkpoint's get a new head; `size` is another side for
-    pictures. Raises UsageError for what is not a ResNet.
+    Its outputs are put in the order of the names `classes`, or with `new_head` begin anew where these are
+    others. `size` is another side for pictures. Raises UsageError for what is not a ResNet.
     """
-    files = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-    folder = common.snapshot(path, "--init-from", files)
-    config, view = read_model(folder, path)
-    if size is not None:
-        view = view._replace(size=size, short=round(view.short * size / view.size))
-    weights, trained = common.read_weights(folder, path), config.num_labels
-    if classes is not None:
-        config.update(label_names(classes))
-    how = dict(dropout=dropout, dtype=dtype, remat=remat)
-    model = nnx.eval_shape(lambda: ResNet(config, view, **how, rngs=nnx.Rngs(0)))
-    fresh = config.num_labels != trained
-    if fresh:
-        print(f"head       new, for {config.num_labels} classes; {path} has {trained}")
-        model.fc = head(model.fc.in_features, config.num_labels, nnx.Rngs(seed))
+    where = f"--init-from {path}"
+    config, weights, folder = common.read_pretrained((ResNetConfig,), path)
+    sizes = "depths hidden_sizes embedding_size layer_type out_features out_indices stage_names"
+    common.refuse_others(config, sizes, where)
+    stem = getattr(config, "stem", "imagenet")
+    expect(stem in ("imagenet", "cifar"), f"{where}: stem is {stem}, only imagenet and cifar are supported")
+    view = read_view(folder, where)
+    view = view.resized(size) if size not in (None, view.size) else view
+    theirs = common.class_names(config) if {"classifier.1.weight", "fc.weight"} & {*weights} else []
+    order = common.match_classes(theirs, classes) if classes else [*range(len(theirs))]
+    others = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
+    expect(order or (classes and new_head), f"{where}: {others}")
+    if classes:
+        config.update(common.label_names(classes))
+    create = lambda: ResNet(config, view, dropout=dropout, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
+    model = nnx.eval_shape(create) if order else create()
+    if not order:
+        print(f"head       new: {others}")
     state = nnx.state(model)
     for name, param in checkpoint_names(state).items():
-        if fresh and name.startswith("fc."):
+        known = (name, name.removeprefix("resnet."), torchvision_name(name))
+        w = next((weights.pop(n) for n in known if n in weights), None)
+        if name.startswith("classifier") and not order:
             continue
-        theirs = transformers_name(name)
-        found = [n for n in (name, theirs, theirs.removeprefix("resnet.")) if n in weights]
-        expect(found, f"--init-from {path}: {name} is missing, and so is {theirs}")
-        w = our_layout(weights[found[0]].astype(np.float32))
-        expect(w.shape == param.shape, f"--init-from {path}: {found[0]} is {w.shape}, expected {param.shape}")
-        param.set_value(jnp.asarray(w))
+        expect(w is not None, f"{where}: {name} is missing, and so is {known[-1]}")
+        w = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T  # PyTorch's are (out, in, H, W) and (out, in)
+        expect(w.shape == param.shape, f"{where}: {name} is {w.shape}, expected {param.shape}")
+        w = w[..., order] if name.startswith("classifier") else w
+        param.set_value(jnp.asarray(w.astype(np.float32)))
+    unused = [name for name in weights if not name.endswith("num_batches_tracked")]
+    expect(not unused, f"{where}: {unused[:1]} has no place in a ResNet")
     nnx.update(model, state)
     return model
 
@@ -594,71 +532,52 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
 
 
 def save_pretrained(model, folder):
-    """Write config.json, model.safetensors and preprocessor_config.json: what transformers loads.
-
-    A model with the small stem is loaded with trust_remote_code=True.
-    """
+    """Write config.json, model.safetensors and preprocessor_config.json: what transformers loads."""
     folder, weights = Path(folder), {}
     for name, param in checkpoint_names(model).items():
-        theirs = transformers_name(name)
-        weights[theirs] = torch_layout(common.to_host(param[...]))
+        w = common.to_host(param[...])
+        weights[name] = np.ascontiguousarray(w.transpose(3, 2, 0, 1) if w.ndim == 4 else w.T)
         if name.endswith("running_var"):
-            weights[theirs.replace("running_var", "num_batches_tracked")] = np.array(0)
+            weights[name.replace("running_var", "num_batches_tracked")] = np.array(0)
     if jax.process_index():
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    kind = "ResNetForImageClassification"
-    config = model.config.to_dict() | {"architectures": [kind], "dtype": "float32"}
+    kind, config = "ResNetForImageClassification", model.config.to_dict() | {"dtype": "float32"}
     config.pop("auto_map", None)
     if model.stem == "cifar":
         (folder / "modeling_cifar_resnet.py").write_text(CIFAR_CODE)
         kind = f"Cifar{kind}"
-        config |= {"architectures": [kind]}
-        config |= {"auto_map": {"AutoModelForImageClassification": f"modeling_cifar_resnet.{kind}"}}
-    ResNetConfig.from_dict(config).save_pretrained(folder)
-    view = model.view
-    seen = dict(image_processor_type="BitImageProcessor", do_resize=True, size={"shortest_edge": view.short})
-    seen |= dict(do_center_crop=True, crop_size=dict(height=view.size, width=view.size))
-    seen |= dict(do_rescale=True, do_normalize=True, do_convert_rgb=True, rescale_factor=1 / 255)
-    seen |= dict(image_mean=view.mean, image_std=view.std, resample=int(view.resample))
-    (folder / "preprocessor_config.json").write_text(json.dumps(seen, indent=2) + "\n")
+        config["auto_map"] = {"AutoModelForImageClassification": f"modeling_cifar_resnet.{kind}"}
+    ResNetConfig.from_dict(config | {"architectures": [kind]}).save_pretrained(folder)
+    model.view.processor.save_pretrained(folder)
 
 
 # ---- loss and optimizer ----
 
 
-def cross_entropy(logits, labels, smoothing=0.0):
-    """In nats (B,); smoothing (Szegedy et al. 2015) spreads that share of the target over all classes."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1) if smoothing else 0
-    return (1 - smoothing) * nats + smoothing * uniform
-
-
 def make_schedule(cfg):
-    """Linear warm-up for `warmup_steps`, then a cosine that reaches min_lr at `steps`."""
+    """Linear warm-up, then a cosine that reaches min_lr at `steps`, or with `cooldown` a plateau and a line.
+
+    The second is warmup-stable-decay (arXiv 2405.18392): until it cools down, `steps` makes no difference.
+    """
     steps = max(cfg.steps, 1)
     warm = min(cfg.warmup_steps, steps - 1)
-    return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
+    if cfg.cooldown == 0:
+        return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
+    fall = max(1, round(cfg.cooldown * steps))
+    parts = [optax.linear_schedule(cfg.lr / (warm + 1), cfg.lr, warm), optax.constant_schedule(cfg.lr)]
+    parts.append(optax.linear_schedule(cfg.lr, cfg.min_lr, fall))
+    return optax.join_schedules(parts, [warm, max(warm, steps - fall)])
 
 
 def make_optimizer(cfg, schedule):
     """SGD with Nesterov momentum; weight decay is part of the gradient, as in PyTorch."""
     decayed = partial(jax.tree.map, lambda p: p.ndim >= 2)  # convolutions and the head, not biases and norms
-    rule = optax.add_decayed_weights(cfg.weight_decay, decayed)
-    rule = optax.chain(rule, optax.sgd(schedule, momentum=cfg.momentum, nesterov=True))
     # of the same form without, so that a run can go on with another --grad-clip
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
-    return optax.chain(clip, rule)
-
-
-def make_state(model, cfg, schedule):
-    """(graphdef, state) of the model, its optimizer and with --ema the running mean of the model."""
-    parts = [model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)]
-    if cfg.ema:
-        graphdef, state = nnx.split(model)
-        parts.append(nnx.merge(graphdef, jax.tree.map(jnp.copy, state)))
-    return nnx.split(tuple(parts))
+    sgd = optax.sgd(schedule, momentum=cfg.momentum, nesterov=True)
+    return optax.chain(clip, optax.add_decayed_weights(cfg.weight_decay, decayed), sgd)
 
 
 # ---- train and eval step ----
@@ -667,14 +586,11 @@ def make_state(model, cfg, schedule):
 def conv_options():
     """Compiler options of a step on a CPU, where XLA's own weight gradients are faster than YNNPACK's."""
     kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"  # all but convolutions
-    options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
+    options = {"xla_cpu_experimental_ynn_fusion_type": kinds} if jax.default_backend() == "cpu" else {}
+    with suppress(jax.errors.JaxRuntimeError):  # of a jaxlib that does not know them
         jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know them
-        return {}
-    return options
+        return options
+    return {}
 
 
 def make_train_step(graphdef, state, cfg, schedule):
@@ -682,22 +598,23 @@ def make_train_step(graphdef, state, cfg, schedule):
 
     The state is donated. Batch norm's statistics are those of a microbatch.
     """
+    accum = common.microbatches(cfg)
 
     def loss_fn(params, stats, model_def, images, labels, key):
         model, (mix_key, drop_key) = nnx.merge(model_def, params, stats, copy=True), jax.random.split(key)
-        x, targets = normalise(images, model.view), [(1.0, labels)]
+        x, targets = model.view.normalise(images), jax.nn.one_hot(labels, model.config.num_labels)
+        targets = optax.smooth_labels(targets, cfg.label_smoothing)  # Szegedy et al. 2015
         if cfg.mixup:  # each picture with the one as far from the other end
             share = jax.random.beta(mix_key, cfg.mixup, cfg.mixup)
-            x, targets = share * x + (1 - share) * x[::-1], [(share, labels), (1 - share, labels[::-1])]
-        logits = model(x, train=True, key=drop_key)
-        nats = sum(share * cross_entropy(logits, target, cfg.label_smoothing) for share, target in targets)
-        return jnp.mean(nats) / cfg.accum, nnx.state(model, nnx.BatchStat)
+            x, targets = (share * a + (1 - share) * a[::-1] for a in (x, targets))
+        nats = optax.softmax_cross_entropy(model(x, train=True, key=drop_key), targets)
+        return jnp.mean(nats) / accum, nnx.state(model, nnx.BatchStat)
 
     shardings = jax.tree.map(lambda x: x.sharding, state), None
 
     @partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=conv_options())
     def train_step(state, images, labels, key):
-        model, optimizer, *average = nnx.merge(graphdef, state)
+        model, optimizer, average = nnx.merge(graphdef, state)
         model_def, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
         def microbatch(carry, batch):
@@ -706,85 +623,95 @@ def make_train_step(graphdef, state, cfg, schedule):
             return (stats, loss + part, jax.tree.map(jnp.add, grads, found)), None
 
         carry = stats, jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        if cfg.accum == 1:
+        if accum == 1:
             (stats, loss, grads), _ = microbatch(carry, (images, labels, key))
         else:  # every accum-th picture, so that devices keep their own: (accum, B / accum, ...)
-            cut = lambda x: x.reshape(-1, cfg.accum, *x.shape[1:]).swapaxes(0, 1)
-            parts = cut(images), cut(labels), jax.random.split(key, cfg.accum)
+            cut = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
+            parts = cut(images), cut(labels), jax.random.split(key, accum)
             (stats, loss, grads), _ = jax.lax.scan(microbatch, carry, parts)
         metrics = {"loss": loss, "lr": schedule(optimizer.step[...]), "grad_norm": optax.global_norm(grads)}
         nnx.update(model, stats)
         optimizer.update(model, grads)
-        for mean in average:  # the first steps count less, or the init would stay in it for long
+        if cfg.ema:  # the first steps count less, or the init would stay in it for long
             decay = jnp.minimum(cfg.ema, optimizer.step[...] / (optimizer.step[...] + 10))
-            move = lambda old, new, decay=decay: decay * old + (1 - decay) * new
-            nnx.update(mean, jax.tree.map(move, nnx.state(mean), nnx.state(model)))
-        return nnx.state((model, optimizer, *average)), metrics
+            move = lambda old, new: decay * old + (1 - decay) * new
+            nnx.update(average, jax.tree.map(move, nnx.state(average), nnx.state(model)))
+        return nnx.state((model, optimizer, average)), metrics
 
     return train_step
 
 
 def exported(graphdef, state):
     """The model that is evaluated and exported: the running mean where there is one."""
-    model, _, *average = nnx.merge(graphdef, state)
-    return average[0] if average else model
+    model, _, average = nnx.merge(graphdef, state)
+    return average or model
 
 
-def eval_sums(model, images, labels):
-    """Sums over the labels (B,) that are not -1: nats, top-1, top-5, number; and guesses (B,)."""
-    logits, valid = model(normalise(images, model.view)), labels >= 0
-    nats = cross_entropy(logits, jnp.maximum(labels, 0))
-    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
-    hits = best == labels[:, None]
-    return [jnp.sum(x * valid) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
+def make_eval_step(graphdef, mesh):
+    """jit: (state, images, labels (B,)) -> over the labels that are not -1 the sums of nats, top-1, top-5 and
+    their number; and guesses (B,)."""
+
+    def sums(state, images, labels):
+        model, is_real = exported(graphdef, state), labels >= 0
+        logits = model(model.view.normalise(images))
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
+        hits = best == labels[:, None]
+        return [jnp.sum(x * is_real) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
+
+    return jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def evaluate(eval_step, state, batches, put):
-    """({val_loss, val_top1, val_top5} over all pictures, [(picture, label, guess), ...] of some of them)."""
-    sums, shown, n, stride = np.zeros(4), [], 0, 1
-    for images, labels in batches:
-        parts, guesses = jax.device_get(eval_step(state, put(images), put(labels)))
-        sums += parts
-        for image, label, guess in zip(images, labels, guesses):
-            if label >= 0 and n % stride == 0:
-                shown.append((image.copy(), label, guess))
-            n += label >= 0
-            if len(shown) == 64:  # how many there are is known at the end
-                shown, stride = shown[::2], 2 * stride
-    loss, top1, top5 = sums[:3] / n
-    return {"val_loss": float(loss), "val_top1": float(top1), "val_top5": float(top5)}, shown
+def evaluate(eval_step, state, rows, batch_size, mesh):
+    """{val_loss, val_top1, val_top5} over all rows, and of some of them [(picture, label, guess)]."""
+    results, shown, n = [], [], 0
+    while batch := list(islice(rows, batch_size)):
+        images, labels = (np.stack([row[name] for row in batch]) for name in ("image", "label"))
+        short = batch_size - len(batch)  # blank pictures without a label fill the last batch up
+        images = np.pad(images, [(0, short), *[(0, 0)] * 3])
+        labels = np.pad(labels, (0, short), constant_values=-1)
+        results.append(eval_step(state, *common.shard_batch(mesh, (images, labels), whole=True)))
+        shown += [(n + i, row) for i, row in enumerate(batch[:8])]
+        shown, n = shown[:: 2 if len(shown) > 256 else 1], n + batch_size
+    sums, guesses = zip(*jax.device_get(results))
+    (loss, top1, top5, n), guesses = np.sum(sums, axis=0, dtype=np.float64), np.concatenate(guesses)
+    result = {"val_loss": float(loss / n), "val_top1": float(top1 / n), "val_top5": float(top5 / n)}
+    some = shown[:: max(1, len(shown) // 32)][:32]
+    return result, [(row["image"], row["label"], guesses[i]) for i, row in some]
 
 
-def draw_predictions(path, shown, classes):
+# ---- use ----
+
+
+def draw_predictions(path, shown, names):
     """A grid of pictures with the class that was guessed, in red with the true one where that is another."""
     from matplotlib.figure import Figure  # half a second to import
 
-    shown = shown[:: max(1, len(shown) // 32)][:32]
     figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes in (grid := figure.subplots(4, 8).reshape(-1)):
-        axes.axis("off")
-    for axes, (image, label, guess) in zip(grid, shown):
+    for place, (image, label, guess) in enumerate(shown, 1):
+        axes = figure.add_subplot(4, 8, place)
         axes.imshow(image)
-        said, true = (textwrap.shorten(str(classes[i]), 20, placeholder="...") for i in (guess, label))
+        axes.axis("off")
+        said, true = names[guess][:20], names[label][:20]
         title, color = (said, "black") if guess == label else (f"{said}\nnot {true}", "red")
-        axes.set_title(title, size=8, color=color)
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=100)
-    os.replace(path.with_suffix(".tmp.png"), path)
+        axes.set_title(title, size=8, color=color, parse_math=False)
+    figure.savefig(path, dpi=100)
 
 
-# ---- prediction ----
-
-
-def predict(model, pictures, top=5):
-    """[(class, probability), ...] of the likeliest classes for each picture, the bytes of a file."""
-    classify = nnx.jit(lambda model, images: jax.nn.softmax(model(normalise(images, model.view))))
-    found = []
-    for i in range(0, len(pictures), 64):
-        images = np.stack(list(DECODERS.map(partial(evaluation_crop, view=model.view), pictures[i : i + 64])))
-        for row in np.asarray(classify(model, images)):
-            best = np.argsort(-row, kind="stable")[:top]
-            found.append([(model.config.id2label[int(k)], float(row[k])) for k in best])
-    return found
+def use(cfg):
+    """Print the likeliest classes of each picture of --predict."""
+    model = build(cfg, None)
+    names, classify = common.class_names(model.config), nnx.jit(lambda model, x: jax.nn.softmax(model(x)[0]))
+    for name in cfg.predict:
+        expect(Path(name).is_file(), f"--predict {name}: no such file")
+        try:
+            image = model.view.pixels(open_image(Path(name).read_bytes()))
+        except ValueError as error:
+            raise common.UsageError(f"--predict {name}: not a picture: {error}") from error
+        shares = np.asarray(classify(model, model.view.normalise(image[None])))
+        best = np.argsort(-shares, kind="stable")[:5]
+        print(name, *(f"{shares[i]:8.2%}  {names[i]}" for i in best), sep="\n")
+    return {}
 
 
 # ---- the run ----
@@ -792,86 +719,32 @@ def predict(model, pictures, top=5):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "image_size shuffle_buffer width")
+    common.check(cfg, "image_size", "shuffle_buffer", "width", "device_rows")
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
-    expect(cfg.depth in DEPTHS, f"--depth {cfg.depth}: expected {', '.join(map(str, DEPTHS))}")
-    n = cfg.num_classes
-    expect(n is None or n > 1, f"--num-classes {n}: must be above 1")
-    expect(cfg.crop_pad >= 0, f"--crop-pad {cfg.crop_pad}: must not be negative")
-    expect(cfg.mixup >= 0, f"--mixup {cfg.mixup}: must not be negative; 0 does not mix")
-    for name in ("crop_area", "eval_crop"):
-        expect(0 < getattr(cfg, name) <= 1, f"{flag(name)} {getattr(cfg, name)}: must be in (0, 1]")
-    for name in ("momentum", "ema", "label_smoothing"):
-        expect(0 <= getattr(cfg, name) < 1, f"{flag(name)} {getattr(cfg, name)}: must be in [0, 1)")
+    expect(min(cfg.crop_pad, cfg.mixup) >= 0, "--crop-pad and --mixup: must not be negative")
+    expect(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: must be in [0, 1]")
+    expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
+    expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
+    expect(0 <= cfg.ema < 1, f"--ema {cfg.ema}: must be in [0, 1)")
     expect(not cfg.predict or not cfg.steps, "--predict: needs --steps 0, and a model with --init-from")
 
 
 def build(cfg, classes):
-    """The model to start from: that of --init-from, or a new one; with these names of classes if any."""
-    how = dict(dropout=cfg.dropout, dtype=cfg.dtype, remat=cfg.remat)
+    """The model to start from: that of --init-from, whose sizes it has, or a new one, with these classes."""
+    given = dict(dropout=cfg.dropout, dtype=cfg.dtype, remat=cfg.remat)
     if cfg.init_from:
-        default = Config(**PRESETS[cfg.preset])
-        size = None if cfg.image_size == default.image_size else cfg.image_size
-        model = from_pretrained(cfg.init_from, classes=classes, size=size, seed=cfg.seed, **how)
-        config = model.config
-        sizes = dict(depth=depth_of(config), width=config.embedding_size, stem=model.stem)
-        for name, found in sizes.items():  # left at the default, they are those of the checkpoint
-            asked, known = getattr(cfg, name), (found, getattr(default, name))
-            expect(asked in known, f"{flag(name)} {asked}: {cfg.init_from} has {found}")
+        given["seed"] = cfg.seed
+        default = Config(**PRESETS[cfg.preset]).image_size
+        size = None if cfg.image_size == default else cfg.image_size
+        model = from_pretrained(cfg.init_from, classes=classes, size=size, new_head=cfg.steps > 0, **given)
     else:
         config = resnet_config(cfg.depth, cfg.width, cfg.stem, classes)
-        view = View(cfg.image_size, round(cfg.image_size / cfg.eval_crop))
-        model = ResNet(config, view, **how, rngs=nnx.Rngs(cfg.seed))  # one jit of it all compiles far longer
+        view = new_view(cfg.image_size, cfg.eval_crop)
+        model = ResNet(config, view, **given, rngs=nnx.Rngs(cfg.seed))  # all in one jit compiles far longer
     stride = {"imagenet": 32, "cifar": 8}[model.stem]
     small = f"the {model.stem} stem and the stages divide it by {stride}"
     expect(model.view.size >= stride, f"--image-size {model.view.size}: too small, {small}")
     return model
-
-
-def open_sources(cfg):
-    """Training sources, validation sources, each with the share held out of it, and the classes or None.
-
-    A share `every` is one picture in so many: 1 where it is a whole split.
-    """
-    columns = {"image": cfg.image_column, "label": cfg.label_column}
-    opened = [open_digits(cfg.seed)] if cfg.data == ("digits",) else common.open_data(cfg, columns)
-    train, val = [], []
-    for splits in opened:
-        own = splits.get("validation", splits.get("test"))
-        every = 1 if own or cfg.val_data else cfg.val_every
-        train.append((splits["train"], every))
-        val.append((own or splits["train"], every))
-    if cfg.val_data:
-        found = common.open_data(cfg, columns, cfg.val_data, "--val-data")
-        val = [(splits.get("validation", splits.get("test", splits["train"])), 1) for splits in found]
-    n, classes = cfg.num_classes, train[0][0].classes
-    if cfg.data == ("synthetic",):
-        n = n or 1_000  # as ImageNet
-    for source, _ in (*train, *val):
-        unlike = f"{source.fingerprint['data']} has {brief(source.classes)}, {cfg.data[0]} {brief(classes)}"
-        expect(source.classes == classes, f"--data: the classes must be the same; {unlike}")
-    if classes is None:
-        expect(n or cfg.init_from, f"--num-classes: is needed, for {cfg.data[0]} does not name its classes")
-        most = max(row["label"] for source, _ in train for row in islice(source, 16))
-        expect(n is None or most < n, f"--num-classes {n}: {cfg.data[0]} has a label {most}")
-        return train, val, n and [str(i) for i in range(n)]
-    expect(n is None or n >= len(classes), f"--num-classes {n}: {cfg.data[0]} has {len(classes)} classes")
-    return train, val, [*classes, *map(str, range(len(classes), n or 0))]
-
-
-def brief(names):
-    return textwrap.shorten(", ".join(names or ["no names of classes"]), 60, placeholder=" ...")
-
-
-def read_picture(name):
-    """The bytes of a file given to --predict."""
-    expect(Path(name).is_file(), f"--predict {name}: no such file")
-    data = Path(name).read_bytes()
-    try:
-        open_image(data)
-    except Exception as error:  # pillow raises some ten kinds
-        raise common.UsageError(f"--predict {name}: not an image: {common.first_line(error)}") from error
-    return data
 
 
 def main(cfg):
@@ -879,84 +752,66 @@ def main(cfg):
     check(cfg)
     key, mesh = jax.random.key(cfg.seed), common.make_mesh()
     if not cfg.steps and cfg.predict:
-        pictures = [read_picture(name) for name in cfg.predict]
-        for name, best in zip(cfg.predict, predict(build(cfg, None), pictures)):
-            print(name, *(f"{p:8.2%}  {label}" for label, p in best), sep="\n")
-        return {}
+        return use(cfg)
 
-    # the pictures, and a model for their classes
-    train, val, classes = open_sources(cfg)
-    model, schedule = build(cfg, classes if cfg.steps else None), make_schedule(cfg)
-    view, names, data = model.view, model.config.id2label, " ".join((*cfg.data, *cfg.data_name))
-    n, S, val_name = len(names), view.size, " ".join(cfg.val_data) or data
-    fits = classes is None or len(classes) == n
-    expect(fits, f"--init-from {cfg.init_from}: has {n} classes, {data} {len(classes or ())}")
-
-    held_out = next(validation_batches(val, view, n, 1), None)
-    expect(held_out, "--val-every: no picture is held out; give a smaller number, or --val-data")
+    # data: pictures to train and to validate on, and a model for their classes
+    train, val = open_sources(cfg)
+    model, schedule = build(cfg, class_names(cfg, [*train, *(s for s, _ in val)])), make_schedule(cfg)
+    view, names, S = model.view, common.class_names(model.config), model.view.size
+    for source in (*train, *(source for source, _ in val)):
+        source.classes = names  # where they are bare numbers, a larger one is a bad record
+    asked = f"--val-data {' '.join(cfg.val_data)}" if cfg.val_data else f"--val-every {cfg.val_every}"
+    expect(next(validation_rows(val, view, cfg.retries), None), f"{asked}: gives no picture to validate on")
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
-    graphdef, state = make_state(model, cfg, schedule)
+    optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
+    average = jax.tree.map(jnp.copy, model) if cfg.ema else None  # a running mean of the model
+    graphdef, state = nnx.split((model, optimizer, average))
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step = make_train_step(graphdef, state, cfg, schedule)
-    sums = lambda state, images, labels: eval_sums(exported(graphdef, state), images, labels)
-    eval_step = jax.jit(sums, out_shardings=common.replicated(mesh))
-    put, put_whole = partial(common.shard_batch, mesh), partial(common.shard_whole_batch, mesh)
+    train_step, eval_step = make_train_step(graphdef, state, cfg, schedule), make_eval_step(graphdef, mesh)
+    accum = common.microbatches(cfg)
 
     def validate(state):
-        batches = validation_batches(val, view, n, cfg.batch_size)
-        batches = common.Prefetch(islice(batches, cfg.eval_batches or None), depth=2)
-        with closing(batches):
-            return evaluate(eval_step, state, batches, put_whole)
+        rows = islice(validation_rows(val, view, cfg.retries), cfg.eval_batches * cfg.batch_size or None)
+        return evaluate(eval_step, state, rows, cfg.batch_size // accum, mesh)
 
+    data, val_name = " ".join((*cfg.data, *cfg.data_name)), " ".join(cfg.val_data or cfg.data)
     if not cfg.steps:
         result, _ = validate(state)
         print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {val_name}")
         return result
 
-    # the run directory, the newest checkpoint in it, and the stream from where that was
-    found = common.fingerprint([s for s, _ in train]) | {"classes": list(names.values())}
-    run = common.Run("resnet", cfg, found, lambda folder: None)
-    step, state, position = run.restore(state)
-    epochs = [partial(training_images, s, cfg, view, n, every) for s, every in train]
-    rows, how = cfg.batch_size // jax.process_count(), dict(seed=cfg.seed, position=position)
-    if cfg.data == ("synthetic",):
-        columns = dict(image=((S, S, 3), 0, 256, np.uint8), label=((), 0, n, np.int32))
-        stream = common.synthetic_batches(columns, rows, **how)
-    else:
-        how |= dict(weights=cfg.data_weights, retries=cfg.retries)
-        stream = common.batches(epochs, rows, **how)
-    # a window of pictures comes in a burst: up to 2 GB of them wait for the device
-    ahead = int(np.clip(2e9 / (cfg.batch_size * S * S * 3), 2, 128))
-    stream = common.Prefetch(stream, depth=ahead, stop=lambda: run.stop)
+    # the run directory, its newest checkpoint, and the stream from where that was
+    unchanged = common.unchanged(cfg, train) | {"classes": names}
+    run = common.Run("resnet", cfg, unchanged, FREE.split(), lambda folder: None)
+    state = run.restore(state)
+    share = max(share for _, share in val)  # what is held out of one source is not trained on in another
+    crop = partial(decode, partial(training_crop, cfg, S), share, False, cfg.retries)
+    batches = common.open_batches(cfg, train, make_rows, run, crop)
 
     N, flops = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))), 0
-    if common.peak_flops():  # forward by XLA's own count; backward is twice that
+    if jax.default_backend() != "cpu":  # forward by XLA's own count; backward is twice that
         forward = jax.jit(lambda state, images: exported(graphdef, state)(images))
         flops = 3 * forward.lower(state, jnp.zeros((1, S, S, 3))).cost_analysis()["flops"]
-    kind = f"ResNet-{depth_of(model.config)}, {model.stem} stem"
-    print(f"model      {kind}, {N / 1e6:.1f} M parameters, {cfg.dtype}")
-    print(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"data       {data}, {n} classes, validation on {val_name}")
-    print(f"step       {cfg.batch_size} pictures of {S} x {S}, SGD")
-    print(f"run        {run.dir}, from step {step} to {cfg.steps}", flush=True)
-    del model  # with --fsdp, or the first device would keep it whole
+    print(f"model      ResNet, {N / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
+    print(f"data       {data}, {len(names)} classes, validation on {val_name}")
+    print(f"step       {cfg.batch_size} pictures of {S} x {S}, {accum} microbatches, SGD")
+    print(f"run        {run.dir}, from step {run.step} to {cfg.steps}", flush=True)
+    del model, optimizer, average  # with --fsdp, or the first device would keep it whole
 
-    with run.training(step, "images", cfg.batch_size, flops, stream):
-        for batch, position in islice(stream, cfg.steps - step):  # ends early on Ctrl-C or SIGTERM
-            images, labels = put((batch["image"], batch["label"]))
+    # a window of pictures comes in a burst: up to 2 GB of them wait for the device
+    ahead = int(np.clip(2e9 / (cfg.batch_size * S * S * 3), 2, 128))
+    with run.training(batches, ahead, "images", cfg.batch_size, flops):
+        for step, batch in run.steps():
+            images, labels = common.shard_batch(mesh, (batch["image"], batch["label"]))
             state, metrics = train_step(state, images, labels, jax.random.fold_in(key, step))
-            step += 1
-            run.step(step, state, position, metrics)
-            last = step == cfg.steps
-            if step % cfg.eval_every == 0 or last:
+            run.log(state, metrics)
+            if run.due(cfg.eval_every):
                 with run.pause():
                     result, shown = validate(state)
                     if run.leads:
                         draw_predictions(run.dir / "predictions.png", shown, names)
-                run.flush(**result)
-            if step % cfg.ckpt_every == 0 or last:
-                run.save()
+                run.flush(result)
     save_pretrained(exported(graphdef, state), run.dir)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last
