@@ -248,7 +248,7 @@ class Source:
 
 
 def open_data(cfg, roles, data=None, flag="--data"):
-    """[Source] of each --data, or of each of `data`, which `flag` named. UsageError for what cannot be read.
+    """[Source] of each --data, or of each of `data`, which `flag` named. Raises UsageError.
 
     `roles`: {text, label or image: name of its column, or None to find it}.
     """
@@ -256,13 +256,16 @@ def open_data(cfg, roles, data=None, flag="--data"):
     limit.STREAMING_READ_MAX_RETRIES, limit.STREAMING_READ_RETRY_INTERVAL = 2, 1
     limit.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
     limit.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
+    if any("://" in name for name in (*cfg.data, *(data or ()))):
+        import aiohttp  # slow to import
+
+        stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
+        fsspec.config.conf |= {"http": stalled, "https": stalled}
     began, sources = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}, []
     configurations = cfg.data_name if data is None else ()
     for i, name in enumerate(cfg.data if data is None else data):
         configuration = configurations[i] if configurations and configurations[i] != "-" else None
-        commit = began.get(f"{i} {name}", {}).get(
-            "commit"
-        )  # a resume reads the files that the run began with
+        commit = began.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
         try:
             sources.append(open_source(name, configuration, commit, roles, cfg.retries, f"{flag} {name}"))
         except UsageError:
@@ -346,13 +349,10 @@ def find_files(name, configuration, roles, where):
     """{split: [file]} of a file, a glob, a folder or "stdlib": of one kind, and none of them empty."""
     name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
     path, card = Path(name).expanduser(), Path(name, "README.md").expanduser()
-    has_none = f"{where}: has no configurations, and --data-name is {configuration}"
-    expect(path.is_dir() or not configuration, has_none)
+    expect(path.is_dir() or not configuration, f"{where}: a file has no configuration {configuration}")
     if configuration or (card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)):
         return files_of(datasets.load_dataset_builder(str(path), configuration))  # as the card says
-    saved = path.is_dir() and any(
-        (f.parent / "dataset_info.json").exists() for f in path.glob("**/state.json")
-    )
+    saved = [file for file in path.glob("**/state.json") if (file.parent / "dataset_info.json").exists()]
     expect(not saved, f"{where}: was written by save_to_disk; write it with to_parquet instead")
     pattern = escape(str(path)) + "/**" if path.is_dir() else str(path)
     files = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
@@ -388,11 +388,9 @@ def open_files(files, where):
     if kind in ("jsonl", "text"):  # theirs cannot read these over http
         column, splits = LINE if kind == "jsonl" else "text", {}
         for split, part in files.items():
-            given = dict(features=string_features([column]), gen_kwargs=dict(files=part, column=column))
-            splits[split] = datasets.IterableDataset.from_generator(read_texts, **given)
+            given = dict(files=part, column=column)
+            splits[split] = datasets.IterableDataset.from_generator(read_texts, gen_kwargs=given)
         return splits
-    if "://" in first:
-        options["storage_options"] = dict.fromkeys(("http", "https"), timeouts(first))
     if kind in ("csv", "tsv"):
         options |= table_options(first, kind)
     if kind == "webdataset":  # theirs stops at a text that is not UTF-8
@@ -405,26 +403,13 @@ def open_files(files, where):
     return without_decoding(builder.as_streaming_dataset())
 
 
-def timeouts(file):
-    """fsspec's options to notice a web server that has stalled."""
-    if "://" not in file:
-        return {}
-    import aiohttp  # slow to import
-
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
-
-
 def read_texts(files, column):
     """Records {column: str} of text files: the lines of jsonl, or documents."""
     options = dict(compression="infer", encoding="utf-8-sig", errors="replace")
     for file in files:
-        with fsspec.open(file, "rt", **options, **timeouts(file)) as lines:
+        with fsspec.open(file, "rt", **options) as lines:
             for text in lines if column == LINE else [lines.read()]:
                 yield {column: text}
-
-
-def string_features(names):
-    return datasets.Features(dict.fromkeys(names, datasets.Value("string")))
 
 
 def without_decoding(splits):
@@ -442,7 +427,7 @@ def table_options(file, kind):
     if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
         names = [f"column {i}" for i in range(len(names))]
         options |= dict(header=None, names=names)
-    return options | dict(features=string_features(names))
+    return options | dict(features=datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
 
 
 def open_pictures(files, where):
@@ -532,8 +517,8 @@ class Stream:
     """
 
     def __init__(self, dataset, columns, make_rows, *, window, seed, classes=None, retries=0):
-        is_jsonl = LINE in (dataset.column_names or ())
-        self.dataset = dataset.select_columns([LINE] if is_jsonl else sorted({*columns.values()}))
+        named = dataset.column_names  # unknown of lines of jsonl, of documents and of other generators
+        self.dataset = dataset.select_columns(sorted({*columns.values()})) if named else dataset
         if seed is not None:  # shards (row groups of parquet) are shuffled, and shared by the processes
             rank, world = jax.process_index(), jax.process_count()
             self.dataset = split_dataset_by_node(self.dataset.reshard(), rank, world, strategy="shards")
@@ -833,7 +818,7 @@ def snapshot(path, flag, patterns):
 def load_tokenizer(name):
     """The fast tokenizer of a hub id or folder. Raises UsageError where there is none."""
     patterns = ["tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "config.json"]
-    folder = snapshot(name, "--tokenizer", patterns)
+    folder = snapshot(name, "--tokenizer or --init-from", patterns)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -1065,9 +1050,7 @@ class Run:
             if isinstance(error, RunError):
                 self.save()
             if "RESOURCE_EXHAUSTED" in str(error):
-                advice = (
-                    "a smaller --batch-size, a lower --device-rows, --remat, or --fsdp on several devices"
-                )
+                advice = "a smaller --batch-size, a lower --device-rows, --remat, or --fsdp on many devices"
                 raise RunError(f"out of memory on the device; try {advice}: {in_brief(error)}") from error
             raise
         finally:

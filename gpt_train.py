@@ -274,9 +274,8 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
     A smaller n_positions keeps the first ones. Raises UsageError for what is not a GPT-2.
     """
     (config, weights, _), where = common.read_pretrained((GPT2Config,), path), f"--init-from {path}"
-    followed = (
-        "vocab_size n_positions n_embd n_layer n_head layer_norm_epsilon embd_pdrop attn_pdrop resid_pdrop"
-    )
+    followed = "vocab_size n_positions n_embd n_layer n_head layer_norm_epsilon "
+    followed += "embd_pdrop attn_pdrop resid_pdrop"
     common.refuse_others(config, followed, where)
     config.update(overrides)
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}

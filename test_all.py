@@ -1217,7 +1217,7 @@ def test_hub_that_fails_changes_no_loss_killed_or_not(hub, monkeypatch):
     kill_after(4, gpt_train, "killed", *flags(**FINEWEB), **hub.env)
     monkeypatch.setattr(Hub, "sha", "f" * 40)  # a new commit meanwhile: the run goes on with the old one
     code, _, err = run(gpt_train, "--resume", "--out-dir", "killed", **hub.env)
-    assert code == 0 and hub.faults >= 10, err
+    assert code == 0 and hub.faults >= 5, err
     assert lines("killed") == lines("whole")
 
 
@@ -2352,7 +2352,7 @@ BAD[gpt_train] = {
     "--data-weights -1": "must be above 0",
     "--data-name a b": "expected one for each --data",
     "--data mixed --data-name nonsense": "nonsense",
-    "--data rows.jsonl --data-name nonsense": "--data-name is nonsense",
+    "--data rows.jsonl --data-name nonsense": "a file has no configuration nonsense",
     "--retries -1": "--retries -1: must not be negative",
     "--data not.jsonl": "--data not.jsonl: no JSON object in its first lines",
     "--data broken.parquet": "--data broken.parquet: ",
@@ -2362,7 +2362,7 @@ BAD[gpt_train] = {
     f"--data {JSON} --val-docs 9": "--val-docs 9: there are 5; ask for fewer, or give --val-data",
     f"--data {JSON} --val-docs 5": "leaves none to train on",
     "--tokenizer bpe:12": "--tokenizer bpe:12: expected bpe:N, N above 256",
-    "--tokenizer ./nowhere": "--tokenizer ./nowhere: no such folder, and not a hub id",
+    "--tokenizer ./nowhere": "./nowhere: no such folder, and not a hub id",
     "--tokenizer saved": "--tokenizer saved: ",
     "--init-from ./nowhere": "./nowhere: no such folder, and not a hub id",
     "--init-from mixed --tokenizer byte": "--init-from mixed: no config.json in it",
