@@ -1,4 +1,4 @@
-"""What a reader may skip: command line, data, streams, devices, weights, run directories. Knows no model."""
+"""What a reader may skip: command line, data, streams, devices, checkpoints, run directories."""
 
 import ctypes
 import dataclasses
@@ -552,9 +552,7 @@ class Stream:
             at = self.position
             self.is_empty = at["record"] == at["row"] == 0  # until it gives a row
             try:
-                if (
-                    self.seed is not None
-                ):  # another number is another order of the shards, 0 that of the files
+                if self.seed is not None:  # datasets orders the shards by it; 0 would keep the files' order
                     self.dataset.set_epoch(1 + 1000 * self.seed + at["epoch"])
                 self.dataset.load_state_dict(at["state"])
                 for records in self.dataset.iter(self.window):
