@@ -1,5 +1,6 @@
-"""What a reader may skip: command line, data, streams, devices, checkpoints, run directories."""
+"""What a reader may skip: command line, data, streams, devices, pretrained files, run directories."""
 
+import csv
 import ctypes
 import dataclasses
 import hashlib
@@ -20,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from glob import escape, glob
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
-from io import BytesIO
-from itertools import chain, dropwhile, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 IS_PROGRAM = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent
@@ -38,25 +38,25 @@ if IS_PROGRAM and not any(arg.startswith("--mteb") for arg in sys.argv):
     sys.modules.setdefault("torch", None)  # transformers would import it: two seconds, for nothing
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
 
-import datasets  # noqa: E402
-import fsspec  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-import pandas as pd  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import transformers  # noqa: E402
-import tyro  # noqa: E402
-from datasets.distributed import split_dataset_by_node  # noqa: E402
-from datasets.packaged_modules.webdataset.webdataset import WebDataset  # noqa: E402
-from flax import nnx  # noqa: E402
-from huggingface_hub import snapshot_download  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import datasets
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pyarrow.parquet as pq
+import transformers
+import tyro
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.utils.file_utils import xopen
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 if sys.modules.get("torch", "") is None:
     del sys.modules["torch"]
@@ -80,6 +80,17 @@ def expect(condition, message):
 def in_brief(error):
     error = error.__cause__ or error  # some libraries wrap, and tell nothing
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def blame(where):
+    """Any error of a library is a UsageError that names `where`; they raise some twenty kinds."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunError | ModuleNotFoundError) or str(error).startswith(where):
+            raise
+        raise UsageError(f"{where}: {in_brief(error)}") from error
 
 
 # ---- command line ----
@@ -113,14 +124,12 @@ def cli(Config, presets, main, doc):
     script, code = Path(sys.argv[0]).stem, 1
     for library in ("datasets", "huggingface_hub", "transformers", "absl"):  # they say it in exceptions
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a console cannot show
-        stream.reconfigure(errors="replace")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "nanoflax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small ones
-    for field in dataclasses.fields(RunConfig):  # --help is to show them after the script's own
-        Config.__dataclass_fields__[field.name] = Config.__dataclass_fields__.pop(field.name)
+    for name in RunConfig.__dataclass_fields__:  # --help is to show them after the script's own
+        Config.__dataclass_fields__[name] = Config.__dataclass_fields__.pop(name)
     try:
         early = tyro.cli(Config, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
         defaults = {"preset": early.preset} | presets[early.preset]
@@ -129,16 +138,20 @@ def cli(Config, presets, main, doc):
             if flag in given:  # the preset's was for the preset's
                 defaults.pop(its, None)
         if early.resume:
-            defaults = config_of_run(early.out_dir, script)
+            runs = sorted(Path("out").glob(f"{script.split('_')[0]}-*/run.json"), key=os.path.getmtime)
+            folder = early.out_dir or (runs[-1].parent if runs else "out")
+            defaults = read_run(folder)["config"] | {"out_dir": str(folder)}
             ours = {*defaults} <= {*Config.__dataclass_fields__}
-            expect(ours, f"--resume: {defaults['out_dir']} is no run of {script}.py")
+            expect(ours, f"--resume: {folder} is no run of {script}.py")
+            defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
         cfg = tyro.cli(Config, default=Config(**defaults), prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
         code = 0
-    except (UsageError, RunError) as error:
-        print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
+    except (UsageError, RunError, ModuleNotFoundError) as error:
+        lacks = f"needs `pip install {error.name}`" if isinstance(error, ModuleNotFoundError) else error
+        print(f"{script}.py: {' '.join(str(lacks).split())}", file=sys.stderr)
+        code = 1 if isinstance(error, RunError) else 2
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -151,30 +164,24 @@ def cli(Config, presets, main, doc):
 
 
 def read_run(out_dir):
+    """The run.json of the run in out_dir."""
     path = Path(out_dir) / "run.json"
     expect(path.exists(), f"--resume: {out_dir} holds no run (no run.json)")
     return json.loads(path.read_text())
 
 
-def config_of_run(out_dir, script):
-    """The fields of the Config of the run in out_dir, or of the newest one of this script."""
-    runs = Path("out").glob(f"{script.split('_')[0]}-*/run.json")
-    newest = max(runs, key=lambda path: path.stat().st_mtime, default=Path("out/run.json")).parent
-    config = read_run(out_dir or newest)["config"] | {"out_dir": str(out_dir or newest)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}  # json has lists
-
-
 def join_processes(cfg):
-    """Make this process one of many with --coordinator; then only the first one prints."""
-    n, i, arguments = cfg.num_processes, cfg.process_id, {}
-    if cfg.coordinator is None:
+    """Make this process one of several with --coordinator; then only the first one prints."""
+    n, i, address = cfg.num_processes, cfg.process_id, cfg.coordinator
+    if address is None:
         expect((n, i) == (None, None), "--num-processes and --process-id: need --coordinator HOST:PORT")
         return
-    if cfg.coordinator != "auto":  # auto asks SLURM, Open MPI, Kubernetes or the cloud
-        complete = re.fullmatch(r".+:\d+", cfg.coordinator) and None not in (n, i) and 0 <= i < n
+    arguments = {}
+    if address != "auto":  # auto asks SLURM, Open MPI, Kubernetes or the cloud
+        complete = ":" in address and None not in (n, i) and 0 <= i < n
         needs = "needs HOST:PORT, --num-processes N and --process-id from 0 to N - 1"
-        expect(complete, f"--coordinator {cfg.coordinator} --num-processes {n} --process-id {i}: {needs}")
-        arguments = dict(coordinator_address=cfg.coordinator, num_processes=n, process_id=i)
+        expect(complete, f"--coordinator {address} --num-processes {n} --process-id {i}: {needs}")
+        arguments = dict(coordinator_address=address, num_processes=n, process_id=i)
         arguments["cluster_detection_method"] = "deactivate"
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=30)
@@ -192,28 +199,24 @@ def check(cfg, *at_least_one):
     for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip", "seed"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
     expect(0 <= cfg.dropout < 1, f"{flag('dropout')}: must be in [0, 1)")
+    expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     expect(cfg.steps or not cfg.resume, "--resume: has nothing to do with --steps 0; use --init-from instead")
-    trains = not cfg.init_from or not (getattr(cfg, "tokenizer", None) or "").startswith("bpe:")
-    expect(trains, "--tokenizer bpe:N: is trained anew, and the model of --init-from knows its own")
     expect(not cfg.profile or cfg.steps >= 15, f"{flag('profile')}: records steps 10 to 15 of {cfg.steps}")
     expect(cfg.data, "--data: names no data")
     for name in ("data_name", "data_weights"):
         expect(len(getattr(cfg, name)) in (0, len(cfg.data)), f"{flag(name)}: expected one for each --data")
     expect(all(weight > 0 for weight in cfg.data_weights), f"{flag('data_weights')}: must be above 0")
-    expect(not cfg.wandb or find_spec("wandb"), f"{flag('wandb')}: needs `pip install wandb`")
 
 
 def microbatches(cfg):
-    """In how many a step is cut: --accum, or without it as few as leave a device --device-rows rows."""
-    rows, devices, accum = cfg.batch_size, jax.device_count(), cfg.accum
-    if accum is None:
-        fits = lambda n: rows % (n * devices) == 0 and rows <= n * devices * cfg.device_rows
-        accum = next(filter(fits, range(1, rows + 1)), 1)
-    unit = max(accum, 1) * devices
-    pieces = f"must be a multiple of {unit} (--accum {accum} x {devices} devices)"
-    advice = f"try --accum {math.gcd(rows // devices, accum)} or --batch-size {max(1, rows // unit) * unit}"
-    expect(accum > 0 and rows % unit == 0, f"--batch-size {rows}: {pieces}; {advice}")
+    """How many a step is cut into: --accum, or as few as leave a device --device-rows rows at most."""
+    rows, devices = cfg.batch_size, jax.device_count()
+    possible = [n for n in range(1, rows + 1) if rows % (n * devices) == 0]
+    fitting = [n for n in possible if rows <= n * devices * cfg.device_rows]
+    accum = next(iter(fitting), 1) if cfg.accum is None else cfg.accum
+    unit = f"a multiple of {accum * devices} (--accum {accum} x {devices} devices)"
+    expect(accum in possible, f"--batch-size {rows}: must be {unit}; --accum can be {possible}")
     return accum
 
 
@@ -232,9 +235,9 @@ class Source:
 
     splits: dict
     columns: dict  # {role: column}; roles are text, label, image
-    classes: list | None  # names of the labels, where they have names
-    retries: int  # what comes over a network is opened again, what lies here is not
-    unchanged: dict  # what a resume must find again
+    classes: list | None = None  # names of the labels, where they have names
+    retries: int = 0  # what comes over a network is opened again, what lies here is not
+    unchanged: dict | None = None  # what a resume must find again
 
     @property
     def validation(self):
@@ -243,12 +246,12 @@ class Source:
 
     def stream(self, make_rows, window, seed, split="train"):
         """The rows of a split, see Stream."""
-        given = dict(window=window, seed=seed, classes=self.classes, retries=self.retries)
-        return Stream(self.splits[split], self.columns, make_rows, **given)
+        options = dict(window=window, seed=seed, classes=self.classes, retries=self.retries)
+        return Stream(self.splits[split], self.columns, make_rows, **options)
 
 
-def open_data(cfg, roles, data=None, flag="--data"):
-    """[Source] of each --data, or of each of `data`, which `flag` named. Raises UsageError.
+def open_data(cfg, roles, names=None, flag="--data"):
+    """[Source] of each --data, or of each of `names`, which `flag` gave. Raises UsageError.
 
     `roles`: {text, label or image: name of its column, or None to find it}.
     """
@@ -256,59 +259,56 @@ def open_data(cfg, roles, data=None, flag="--data"):
     limit.STREAMING_READ_MAX_RETRIES, limit.STREAMING_READ_RETRY_INTERVAL = 2, 1
     limit.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
     limit.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
-    if any("://" in name for name in (*cfg.data, *(data or ()))):
+    if any("://" in name for name in names or cfg.data):
         import aiohttp  # slow to import
 
         stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
         fsspec.config.conf |= {"http": stalled, "https": stalled}
     began, sources = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}, []
-    configurations = cfg.data_name if data is None else ()
-    for i, name in enumerate(cfg.data if data is None else data):
+    configurations = [] if names else cfg.data_name
+    for i, name in enumerate(names or cfg.data):
         configuration = configurations[i] if configurations and configurations[i] != "-" else None
         commit = began.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
-        try:
+        with blame(f"{flag} {name}"):
             sources.append(open_source(name, configuration, commit, roles, cfg.retries, f"{flag} {name}"))
-        except UsageError:
-            raise
-        except Exception as error:  # datasets, the hub, pandas and pyarrow raise some twenty kinds
-            raise UsageError(f"{flag} {name}: {in_brief(error)}") from error
     return sources
 
 
 def open_source(name, configuration, commit, roles, retries, where):
+    name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
     path, files = Path(name).expanduser(), {}
-    is_path = name in ("stdlib", "synthetic") or path.exists() or re.search(r"[*?\[\\]|^[./~]|/.*/", name)
-    is_local = "://" not in name and (is_path or kind_of(name))
-    if name == "synthetic":
-        splits = synthetic(roles)
-    elif is_local or "://" in name:
-        files = find_files(name, configuration, roles, where) if is_local else {"train": [name]}
+    is_made = name in ("digits", "synthetic")
+    is_path = path.exists() or kind_of(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    is_hub_id = not is_made and not is_path
+    expect(not configuration or is_hub_id or path.is_dir(), f"{where}: has no configuration {configuration}")
+    card = path / "README.md"
+    has_card = card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)
+    if is_made:
+        splits = digits() if name == "digits" else synthetic(roles)
+    elif is_hub_id or has_card or configuration:
+        # in small blocks: a resume fetches what it needs, not all that lies before it in the file
+        options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}}) if is_hub_id else {}
+        builder = datasets.load_dataset_builder(name if is_hub_id else str(path), configuration, **options)
+        files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
+        splits = builder.as_streaming_dataset()
+    else:
+        files = {"train": [name]} if "://" in name else find_files(path, roles, where)
         splits = open_files(files, where)
-    else:  # small blocks: a resume fetches what it needs, not all that lies before it in the file
-        options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}})
-        builder = datasets.load_dataset_builder(name, configuration, **options)
-        files, splits = files_of(builder), without_decoding(builder.as_streaming_dataset())
     splits = {SPLITS.get(split, split): ds for split, ds in splits.items()}
     splits = splits if len(splits) > 1 else {"train": next(iter(splits.values()))}
     expect("train" in splits, f"{where}: has no train split, only {', '.join(splits)}")
-    head, world = next(iter(splits["train"].iter(10)), {}), jax.process_count()
-    expect(head, f"{where}: holds no records")
-    if LINE in head:
-        rows = []
-        for line in head[LINE]:
-            with suppress(ValueError):  # a bad record
-                rows.append(json_record(line))
-        head = {column: [row.get(column) for row in rows] for row in rows for column in row}
-        expect(head, f"{where}: no JSON object in its first lines")
-    features = splits["train"].features or {}
-    columns = {role: find_column(role, wanted, head, features, where) for role, wanted in roles.items()}
-    classes = getattr(features.get(columns.get("label")), "names", None)
-    shards = splits["train"].reshard().num_shards if world > 1 else 1
+    for split, ds in splits.items():
+        if any(isinstance(feature, datasets.Image) for feature in (ds.features or {}).values()):
+            splits[split] = ds.decode(False)  # pictures are decoded later, in threads
+    train, world = splits["train"], jax.process_count()
+    columns = find_columns(roles, train, where)
+    classes = getattr((train.features or {}).get(columns.get("label")), "names", None)
+    shards = train.reshard().num_shards if world > 1 else 1
     expect(shards >= world, f"{where}: {shards} shards (files, row groups) for {world} processes")
     sizes = [(f, os.path.getsize(f) if os.path.exists(f) else None) for part in files.values() for f in part]
     commit = re.search(r"@([0-9a-f]{40})/", str(sizes))
     same = dict(columns=columns, files=digest(sizes), commit=commit and commit[1], processes=world)
-    return Source(splits, columns, classes, 0 if is_local else retries, same)
+    return Source(splits, columns, classes, retries if "://" in str(files) else 0, same)
 
 
 def digest(value):
@@ -316,18 +316,28 @@ def digest(value):
 
 
 def synthetic(roles):
-    """Random words or pictures, to try things out."""
+    """Random words or pictures of two classes, to try things out."""
     splits, rng = {}, np.random.default_rng(0)
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(num_classes=2))
     for split, n in {"train": 2_000, "validation": 200}.items():
         rows = {"label": [i % 2 for i in range(n)], "text": [rng.bytes(500).hex(" ", 2) for _ in range(n)]}
         if "image" in roles:
-            files = [BytesIO() for _ in range(n)]
-            for file in files:
-                Image.fromarray(rng.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(file, "png")
-            rows["image"] = [file.getvalue() for file in files]
-        data = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(num_classes=2))
-        splits[split] = data.to_iterable_dataset(num_shards=100)
+            features["image"] = datasets.Image()
+            rows["image"] = list(rng.integers(256, size=(n, 64, 64, 3), dtype=np.uint8))
+        splits[split] = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=100)
     return splits
+
+
+def digits():
+    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), a fifth of them held out."""
+    from sklearn.datasets import load_digits  # slow to import
+
+    found, label = load_digits(), datasets.ClassLabel(names=[*"0123456789"])
+    rows = {"image": [*np.uint8(found.images * 255 / 16)], "label": found.target}  # (8, 8), 0 to 16
+    data = datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=label))
+    order = np.random.default_rng(0).permutation(len(data))
+    parts = {"validation": data.select(order[:359]), "train": data.select(order[359:])}
+    return {split: part.to_iterable_dataset(num_shards=100) for split, part in parts.items()}
 
 
 def kind_of(file):
@@ -341,93 +351,72 @@ def split_in(name):
     return next((SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS), None)
 
 
-def files_of(builder):
-    return {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
-
-
-def find_files(name, configuration, roles, where):
-    """{split: [file]} of a file, a glob, a folder or "stdlib": of one kind, and none of them empty."""
-    name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
-    path, card = Path(name).expanduser(), Path(name, "README.md").expanduser()
-    expect(path.is_dir() or not configuration, f"{where}: a file has no configuration {configuration}")
-    if configuration or (card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)):
-        return files_of(datasets.load_dataset_builder(str(path), configuration))  # as the card says
-    saved = [file for file in path.glob("**/state.json") if (file.parent / "dataset_info.json").exists()]
-    expect(not saved, f"{where}: was written by save_to_disk; write it with to_parquet instead")
+def find_files(path, roles, where):
+    """{split: [file]} of a file, a glob or a folder: of one kind, and none of them empty."""
+    expect(
+        not [*path.glob("**/state.json")], f"{where}: was written by save_to_disk; write it with to_parquet"
+    )
     pattern = escape(str(path)) + "/**" if path.is_dir() else str(path)
     files = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
     expect(files, f"{where}: no such file")
     if path.is_dir():
-        files = [file for file in files if Path(file).name != "README.md"] or files  # a data set's card
-    kinds = {file: kind_of(file) for file in files if kind_of(file) and os.path.getsize(file)}
+        files = [file for file in files if Path(file).name != "README.md"]  # a data set's card
+    kinds = {file: kind_of(file) for file in files if os.path.getsize(file)}
     pictures = "image" in roles and "images" in kinds.values()  # a table beside pictures does not hide them
-    kinds = {file: kind for file, kind in kinds.items() if (kind == "images") == pictures}
-    expect(kinds, f"{where}: no data in it; expected {' '.join(KINDS)}")
-    kind, *others = sorted({*kinds.values()})
-    if kind == "parquet":  # the first file's types are those of all, and without rows it may have none
-        kinds = dict(dropwhile(lambda item: pq.read_metadata(item[0]).num_rows == 0, kinds.items())) or kinds
+    files = [file for file, kind in kinds.items() if kind and (kind == "images") == pictures]
+    expect(files, f"{where}: no data in it; expected {' '.join(KINDS)}")
+    kind, *others = sorted({kinds[file] for file in files})
     expect(not others, f"{where}: holds {kind}, {', '.join(others)}; name one kind, as in '**/*.parquet'")
-    if path.is_file():
-        return {"train": [*kinds]}
-    root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in kinds])
+    if kind == "parquet":  # one without rows may have no types, and the first one's are those of all
+        files = [file for file in files if pq.read_metadata(file).num_rows] or files
+    root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in files])
     splits = {}
-    for file in kinds:  # documents and pictures have names of all kinds: only their folders name a split
+    for file in files:  # documents and pictures have names of all kinds: only their folders name a split
         *names, stem = Path(file).relative_to(root).with_suffix("").parts
-        names += [] if kind in ("text", "images") else [stem]
+        names += [] if path.is_file() or kind in ("text", "images") else [stem]
         splits.setdefault(next(filter(None, map(split_in, names)), "train"), []).append(file)
     return splits
 
 
 def open_files(files, where):
-    """{split: IterableDataset} of {split: [file]}, by datasets' own reader of their kind."""
+    """{split: IterableDataset} of {split: [file]}."""
     first = next(iter(files.values()))[0]
     kind, options = kind_of(first), {}
     expect(kind, f"{where}: cannot tell what it is from its name; expected {' '.join(KINDS)}")
     if kind == "images":
         return open_pictures(files, where)
-    if kind in ("jsonl", "text"):  # theirs cannot read these over http
-        column, splits = LINE if kind == "jsonl" else "text", {}
-        for split, part in files.items():
-            given = dict(files=part, column=column)
-            splits[split] = datasets.IterableDataset.from_generator(read_texts, gen_kwargs=given)
-        return splits
-    if kind in ("csv", "tsv"):
-        options |= table_options(first, kind)
+    if kind in ("text", "jsonl", "csv", "tsv"):
+        read = lambda part: dict(generator=read_texts, gen_kwargs=dict(files=part, kind=kind))
+        return {s: datasets.IterableDataset.from_generator(**read(part)) for s, part in files.items()}
     if kind == "webdataset":  # theirs stops at a text that is not UTF-8
         WebDataset.DECODERS["txt"] = lambda data: data.decode("utf-8-sig", "replace")
     if kind == "parquet":
-        options["batch_size"] = 1_000  # theirs is the size of the first row group, which may have no rows
-    reader = {"tsv": "csv"}.get(kind, kind)
+        options = dict(batch_size=1_000)  # theirs is the size of the first row group, which may have no rows
     patterns = {split: [f if "://" in f else escape(f) for f in part] for split, part in files.items()}
-    builder = datasets.load_dataset_builder(reader, data_files=patterns, **options)
-    return without_decoding(builder.as_streaming_dataset())
+    return datasets.load_dataset_builder(kind, data_files=patterns, **options).as_streaming_dataset()
 
 
-def read_texts(files, column):
-    """Records {column: str} of text files: the lines of jsonl, or documents."""
+def read_texts(files, kind):
+    """Records {column: str} of text files: documents, lines of jsonl, or rows of a csv or tsv.
+
+    Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
+    """
+    csv.field_size_limit(1 << 30)
     options = dict(compression="infer", encoding="utf-8-sig", errors="replace")
     for file in files:
         with fsspec.open(file, "rt", **options) as lines:
-            for text in lines if column == LINE else [lines.read()]:
-                yield {column: text}
-
-
-def without_decoding(splits):
-    """Pictures are decoded later, in threads; decode(False) fails where the features are not known."""
-    images = lambda ds: any(isinstance(feature, datasets.Image) for feature in (ds.features or {}).values())
-    return {split: ds.decode(False) if images(ds) else ds for split, ds in splits.items()}
-
-
-def table_options(file, kind):
-    """pandas' options: every field as it is written. A tsv has no quoting; a number on top is no header."""
-    options = dict(sep="\t", quoting=3) if kind == "tsv" else dict(sep=",")
-    options |= dict(keep_default_na=False, encoding="utf-8-sig")
-    with fsspec.open(file, "rb", compression="infer") as lines:
-        names = pd.read_csv(lines, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
-    if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
-        names = [f"column {i}" for i in range(len(names))]
-        options |= dict(header=None, names=names)
-    return options | dict(features=datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
+            if kind == "text":
+                yield {"text": lines.read()}
+            elif kind == "jsonl":
+                yield from ({LINE: line} for line in lines)
+            else:
+                tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
+                rows = csv.reader(lines, **tabs)
+                names = next(rows, [])
+                if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
+                    rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
+                for row in filter(None, rows):  # one of another length is bad: as a list it is no text
+                    yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
 def open_pictures(files, where):
@@ -450,38 +439,61 @@ def open_pictures(files, where):
     features = datasets.Features(image=datasets.Image(decode=False), label=label)
     for split, part in files.items():
         if {class_of(file) for file in part} <= {*classes}:
-            given = dict(features=features, gen_kwargs={"files": part})
-            splits[split] = datasets.IterableDataset.from_generator(read, **given)
+            arguments = dict(features=features, gen_kwargs={"files": part})
+            splits[split] = datasets.IterableDataset.from_generator(read, **arguments)
         else:
             print(f"{where}: its {split} pictures are in other folders than train's, and are left out")
     return splits
 
 
-def find_column(role, wanted, head, features, where):
-    """The column of a role: the one named, else the one of its type, name or the only one of such values."""
+def find_columns(roles, dataset, where):
+    """{role: column}: the one asked for, else the only one of its type, its usual name, or that is left."""
+    records = []
+    for record in islice(dataset, 10):
+        with suppress(ValueError):  # a bad one
+            records.append(parse(record))
+    names = [*dict.fromkeys(name for record in records for name in record if not name.startswith("__"))]
+    expect(names, f"{where}: no records in it, or none of the first ones can be read")
+    types, features = {"image": datasets.Image, "label": datasets.ClassLabel}, dataset.features or {}
+    usual = {"text": ["text"], "label": ["label", "labels", "cls", "class"], "image": ["image"]}
+    columns = {}
+    for role, asked in sorted(roles.items()):  # text, of which any may hold, is last
+        typed = [name for name in names if isinstance(features.get(name), types.get(role, ()))]
+        named = [name for name in usual[role] if name in names][:1]
+        left = [name for name in names if name not in columns.values()]
+        found = asked or next((group[0] for group in (typed, named, left) if len(group) == 1), None)
+        holds = {"text": "texts", "label": "whole numbers from 0", "image": "encoded pictures"}[role]
+        others = f"one of {', '.join(names)}; name one of {holds}: --{role}-column"
+        what = f"no column {asked}" if asked else f"cannot tell the {role} column"
+        expect(found in names, f"{where}: {what}, {others}")
+        good, _ = sift({found: [record.get(found) for record in records]}, {role: found})
+        expect(good[role], f"{where}: no {role} in column {found}, {others}")
+        columns[role] = found
+    return {role: columns[role] for role in roles}
 
-    def fits(value):
-        with suppress(ValueError):
-            return usable(role, value, None) != ""
 
-    fitting = [name for name in head if any(map(fits, head[name])) and not name.startswith("__")]
-    kind = {"image": datasets.Image, "label": datasets.ClassLabel}.get(role, ())
-    typed = [name for name in fitting if isinstance(features.get(name), kind)]
-    usual = {"text": ["text"], "label": ["label", "labels", "cls", "class"], "image": ["image"]}[role]
-    usual = [name for name in usual if name in fitting][:1]
-    is_number = lambda value: re.fullmatch(r"[\d\s.-]*", str(value))  # a csv has it as text
-    only = [name for name in fitting if role != "text" or not all(map(is_number, head[name]))]
-    column = wanted or next((group[0] for group in (typed, usual, only) if len(group) == 1), None)
-    asked = f"no {role} in column {wanted}, one" if wanted else f"cannot tell the {role} column"
-    holds = {"text": "texts", "label": "whole numbers from 0", "image": "encoded pictures"}[role]
-    expect(column in fitting, f"{where}: {asked} of {', '.join(head)}; name one of {holds}: --{role}-column")
-    return column
+def sift(records, columns, classes=None):
+    """The good ones of {column: list} as {role: list}, and {offset: why} of the bad. Empty is neither."""
+    good, bad = {role: [] for role in columns}, {}
+    for i, values in enumerate(zip(*records.values())):
+        try:
+            record = parse(dict(zip(records, values)))
+            row = {role: usable(role, record.get(column), classes) for role, column in columns.items()}
+        except ValueError as error:
+            bad[i] = in_brief(error)
+            continue
+        if row.get("text") != "":
+            for role, value in row.items():
+                good[role].append(value)
+    return good, bad
 
 
-def json_record(line):
-    """The JSON object in a line, {} of an empty line. Raises ValueError."""
+def parse(record):
+    """A record {column: value}; a line of jsonl as the object in it, {} if it is empty. Raises ValueError."""
+    if LINE not in record:
+        return record
     try:
-        record = json.loads(line.strip() or "{}")
+        record = json.loads(record[LINE].strip() or "{}")
     except RecursionError as error:
         raise ValueError("JSON too deep") from error
     if not isinstance(record, dict):
@@ -517,7 +529,7 @@ class Stream:
     """
 
     def __init__(self, dataset, columns, make_rows, *, window, seed, classes=None, retries=0):
-        named = dataset.column_names  # unknown of lines of jsonl, of documents and of other generators
+        named = dataset.column_names  # unknown of text files and of other generators
         self.dataset = dataset.select_columns(sorted({*columns.values()})) if named else dataset
         if seed is not None:  # shards (row groups of parquet) are shuffled, and shared by the processes
             rank, world = jax.process_index(), jax.process_count()
@@ -530,20 +542,20 @@ class Stream:
 
     def __iter__(self):
         for records in self.windows():
-            at, (good, bad) = self.position, self.sift(records)
+            at, n = self.position, len(next(iter(records.values())))
+            good, bad = sift(records, self.columns, self.classes)
             rng = np.random.default_rng([self.seed or 0, at["epoch"], jax.process_index(), at["record"]])
             rows = self.make_rows(good, rng)
-            self.is_empty = self.is_empty and not rows
             if at["row"] == 0:  # else they were counted before the stream was opened again
-                for i, why in bad.items():
-                    at = at | dict(bad=at["bad"] + 1)
-                    record = f"record {at['record'] + i:,} of epoch {at['epoch']}"
-                    report_bad(f"{record}: {why}", at["bad"], at["seen"] + i)
-                at = at | dict(seen=at["seen"] + len(next(iter(records.values()))))
+                for i, (offset, why) in enumerate(bad.items(), 1):
+                    what = f"record {at['record'] + offset:,} of epoch {at['epoch']}: {why}"
+                    report_bad(what, at["bad"] + i, at["seen"] + offset)
+                at = at | dict(seen=at["seen"] + n, bad=at["bad"] + len(bad))
             for i in range(at["row"], len(rows)):
-                self.position = at | dict(row=i + 1)
+                self.position, self.is_empty = at | dict(row=i + 1), False
                 yield rows[i]
-            self.position = at | dict(row=len(rows))
+            state = self.dataset.state_dict()
+            self.position = at | dict(state=state, record=at["record"] + n, row=0)
 
     def windows(self):
         """Windows of raw records, {column: list}, from the one on in which `position` is."""
@@ -558,10 +570,6 @@ class Stream:
                 for records in self.dataset.iter(self.window):
                     failures = 0
                     yield records
-                    record = self.position["record"] + len(next(iter(records.values())))
-                    self.position = self.position | dict(
-                        state=self.dataset.state_dict(), record=record, row=0
-                    )
             except Exception as error:  # the network's, pyarrow's, pandas' and zlib's have no common kind
                 failures += 1
                 wait_after(error, failures, self.retries)
@@ -570,26 +578,7 @@ class Stream:
                 return
             if self.is_empty:
                 raise RunError("an epoch without a row: the data are too short, or all held out")
-            self.position = self.position | dict(
-                epoch=self.position["epoch"] + 1, state=None, record=0, row=0
-            )
-
-    def sift(self, records):
-        """The values of the good records, {role: list}, and {offset: why} of the bad. Empty is neither."""
-        good, bad = {role: [] for role in self.columns}, {}
-        for i, values in enumerate(zip(*records.values())):
-            record = dict(zip(records, values))
-            try:
-                if LINE in record:
-                    record = json_record(record[LINE])
-                row = {r: usable(r, record.get(c), self.classes) for r, c in self.columns.items()}
-            except ValueError as error:
-                bad[i] = in_brief(error)
-                continue
-            if row.get("text") != "":
-                for role, value in row.items():
-                    good[role].append(value)
-        return good, bad
+            self.position = self.position | dict(epoch=at["epoch"] + 1, state=None, record=0, row=0)
 
 
 def report_bad(what, bad, seen):
@@ -611,6 +600,24 @@ def wait_after(error, failures, retries):
     time.sleep(pause)
 
 
+def read_file(value, retries):
+    """The bytes of a picture's file: bytes, or {"bytes", "path"} as `datasets` has it. Raises ValueError."""
+    value = {"bytes": value} if isinstance(value, bytes) else value
+    data, path, failures = value.get("bytes"), str(value.get("path")), 0
+    while data is None:
+        try:
+            with xopen(path, "rb") as file:
+                data = file.read()
+        except Exception as error:  # the network's have no common kind
+            cause, failures = error.__cause__ or error, failures + 1
+            # fsspec finds no file where the host does not answer, and that is the cause then
+            gone = isinstance(cause, FileNotFoundError | EntryNotFoundError)
+            if gone or getattr(cause, "status", 0) in (403, 404, 410) or "://" not in path:
+                raise ValueError(in_brief(error)) from error
+            wait_after(error, failures, retries)
+    return data
+
+
 def hold_out_texts(cfg, sources, roles=None):
     """The `val_docs` texts to validate on, as many of each source, and others to train a tokenizer on.
 
@@ -625,15 +632,14 @@ def hold_out_texts(cfg, sources, roles=None):
     expect(same, f"--data {' '.join(cfg.data)}: not all of it, validation included, names the same classes")
     shares = [(cfg.val_docs + i) // len(held) for i in range(len(held))]
     held_out = [text for s, n in zip(held, shares) for text in islice(texts(s, s.validation), n)]
-    others = chain(*(islice(texts(source, "train"), 10_000 // len(sources)) for source in sources))
-    known = {*held_out}
-    others = (text for text in others if text not in known)
-    first, advice = next(others, None), "ask for fewer, or give --val-data (a text file is one document)"
+    advice = "ask for fewer, or give --val-data (a text file is one document)"
     expect(len(held_out) == cfg.val_docs, f"--val-docs {cfg.val_docs}: there are {len(held_out)}; {advice}")
-    expect(
-        first is not None or not cfg.steps, f"--val-docs {cfg.val_docs}: leaves none to train on; {advice}"
-    )
-    return held_out, chain([first], others)
+    known = {*held_out}
+    others = chain(*(islice(texts(source, "train"), 10_000 // len(sources)) for source in sources))
+    others = (text for text in others if text not in known)
+    first = [*islice(others, 1)]
+    expect(first or not cfg.steps, f"--val-docs {cfg.val_docs}: leaves none to train on; {advice}")
+    return held_out, chain(first, others)
 
 
 def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), decode=None):
@@ -641,25 +647,19 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
 
     `batch_size` is that of all processes, `start` the number of the first batch. Each row is drawn from one
     of the streams with `weights`; a batch may hold rows of two epochs: none is dropped. decode(row), run in
-    threads, gives what stands in the batch, None to leave the row out, or raises ValueError for a bad record;
-    the batch is then filled up from the streams drawn last.
+    threads, gives what stands in the batch, None to leave the row out, or a ValueError for a bad record; the
+    batch is then filled up from the streams drawn last.
     """
     position = position or {"bad": 0, "streams": [stream.position for stream in streams]}
     for stream, begin in zip(streams, position["streams"]):
         stream.position = begin
     rows, n, bad = [iter(stream) for stream in streams], start, position["bad"]
     batch_size //= jax.process_count()
-    shares = np.array(weights or [1] * len(streams)) / sum(weights or [1] * len(streams))
-
-    def attempt(row):
-        try:
-            return decode(row)
-        except ValueError as error:
-            return error
-
-    decoded = partial(ThreadPoolExecutor(os.cpu_count()).map, attempt) if decode else iter
+    weights = np.array(weights or [1] * len(streams))
+    decoded = partial(ThreadPoolExecutor(os.cpu_count()).map, decode) if decode else iter
     while True:
-        drawn, batch = np.random.default_rng([seed, n]).choice(len(streams), batch_size, p=shares), []
+        rng, batch = np.random.default_rng([seed, n]), []
+        drawn = rng.choice(len(streams), batch_size, p=weights / weights.sum())
         while len(batch) < batch_size:
             for row in decoded([next(rows[i]) for i in drawn[len(batch) :]]):
                 if isinstance(row, ValueError):
@@ -676,55 +676,40 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
 
 def open_batches(cfg, sources, make_rows, run, decode=None):
     streams = [source.stream(make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
-    where = dict(start=run.step, position=run.position)
-    return batches(streams, cfg.batch_size, seed=cfg.seed, weights=cfg.data_weights, decode=decode, **where)
+    begin = dict(start=run.step, position=run.position, weights=cfg.data_weights)
+    return batches(streams, cfg.batch_size, seed=cfg.seed, decode=decode, **begin)
 
 
-def unchanged(cfg, sources):
-    """What of all the data a resume must find again, by their names."""
-    return {f"{i} {name}": source.unchanged for i, (name, source) in enumerate(zip(cfg.data, sources))}
+def ahead(items, depth, stopped=lambda: False):
+    """What a generator yields, made up to `depth` items ahead by a thread, until `stopped()`.
 
-
-class Ahead:
-    """Runs a generator in a thread, at most `depth` items ahead; its exception is raised where it is read.
-
-    `waited` counts the seconds that the reader stood still. Ends early where `stop()` is true.
+    Its exceptions are raised where it is read.
     """
+    ready, closed = queue.Queue(depth), threading.Event()
 
-    def __init__(self, items, depth, stop=lambda: False):
-        self.queue, self.stop, self.closed, self.waited = queue.Queue(depth), stop, False, 0.0
-        threading.Thread(target=self.fill, args=(items,), name="ahead", daemon=True).start()
-
-    def fill(self, items):
+    def fill():
         try:
             for item in items:
-                self.queue.put(item)
-                if self.closed:
+                ready.put((item, None))
+                if closed.is_set():
                     return
-            self.queue.put(StopIteration())
         except BaseException as error:  # a panic in Rust is no Exception
-            self.queue.put(error)
+            ready.put((None, error))
 
-    def __iter__(self):
-        while not self.stop():
-            start = time.perf_counter()
+    threading.Thread(target=fill, name="ahead", daemon=True).start()
+    try:
+        while not stopped():
             try:
-                item = self.queue.get(timeout=0.1)  # so that a signal is seen
+                item, error = ready.get(timeout=0.1)  # so that a signal is seen
             except queue.Empty:
                 continue
-            finally:
-                self.waited += time.perf_counter() - start
-            if isinstance(item, StopIteration):
-                return
-            if isinstance(item, BaseException):
-                raise item
+            if error:
+                raise error
             yield item
-
-    def close(self):
-        self.closed = True
-        with suppress(queue.Empty):  # makes room for a thread that waits for it
-            while True:
-                self.queue.get_nowait()
+    finally:
+        closed.set()
+        while not ready.empty():  # makes room for a thread that waits for it
+            ready.get_nowait()
 
 
 # ---- devices ----
@@ -736,10 +721,7 @@ PEAK_FLOPS |= {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v
 
 
 def attention_kernel(q):
-    """How jax.nn.dot_product_attention is to treat queries (B, T, H, D): "cudnn", or None for XLA's own way.
-
-    cuDNN's kernels are for bfloat16, heads of certain sizes, and NVIDIA's GPUs since Ampere.
-    """
+    """What attends to queries (B, T, H, D): cuDNN on NVIDIA since Ampere in bfloat16, else XLA (None)."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # 9.0 of an H100, gfx942 of AMD's
     recent = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
     fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
@@ -780,26 +762,19 @@ def to_host(array):
 
 
 def gather(value):
-    """The JSON `value` of every process, in a list."""
+    """The JSON `value` of every process, at most 64 kB of it, in a list."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    room = -longest % 4096 + longest - len(text)  # few sizes are to be compiled
-    rows = multihost_utils.process_allgather(np.pad(text, (0, room), constant_values=ord(" ")))
-    return [json.loads(row.tobytes()) for row in rows]
+    text = np.frombuffer(json.dumps(value).encode().ljust(1 << 16), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(text)]
 
 
 # ---- pretrained files ----
 
 # fields of transformers' configs that change nothing in the numbers
-NOT_COMPUTED = (
-    "architectures dtype torch_dtype transformers_version _name_or_path id2label label2id num_labels "
-)
-NOT_COMPUTED += (
-    "initializer_range use_cache bos_token_id eos_token_id pad_token_id sep_token_id problem_type "
-)
-NOT_COMPUTED += "task_specific_params output_attentions output_hidden_states return_dict"
+NOT_COMPUTED = """architectures dtype torch_dtype transformers_version _name_or_path id2label label2id
+num_labels initializer_range use_cache bos_token_id eos_token_id pad_token_id sep_token_id problem_type
+task_specific_params output_attentions output_hidden_states return_dict"""
 
 
 def snapshot(path, flag, patterns):
@@ -807,28 +782,19 @@ def snapshot(path, flag, patterns):
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     expect(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), f"{flag} {path}: no such folder, and not a hub id")
-    try:
+    with blame(f"{flag} {path}: no such folder, nor on the hub"):
         return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:
-        raise UsageError(f"{flag} {path}: no such folder, nor on the hub: {in_brief(error)}") from error
 
 
 def load_tokenizer(name):
     """The fast tokenizer of a hub id or folder. Raises UsageError where there is none."""
     patterns = ["tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "config.json"]
     folder = snapshot(name, "--tokenizer or --init-from", patterns)
-    try:
+    with blame(f"--tokenizer {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UsageError(f"--tokenizer {name}: {in_brief(error)}") from error
     real = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
     expect(real, f"--tokenizer {name}: no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
     return tokenizer
-
-
-def vocabulary_size(tokenizer):
-    """One more than its largest id: ids may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer, texts, end=()):
@@ -888,20 +854,48 @@ def read_pretrained(kinds, path):
     where = f"--init-from {path}"
     folder = snapshot(path, "--init-from", ["*.json", "*/config.json", "*.txt", "*.model", "*.safetensors"])
     expect((folder / "config.json").exists(), f"{where}: no config.json in it")
-    try:
+    index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    with blame(where):
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         known = {kind.model_type: kind for kind in kinds}
         expect(model_type in known, f"{where}: a {model_type} model, expected {' or '.join(known)}")
-        index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else files
-        for file in sorted(set(files)):
+        if index.exists():
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        for file in files:
             expect((folder / file).exists(), f"{where}: no {file} in it, and no other format is read")
             weights |= load_file(folder / file)
         return known[model_type].from_pretrained(folder), weights, folder
-    except UsageError:
-        raise
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise UsageError(f"{where}: {in_brief(error)}") from error
+
+
+def load_weights(names, weights, where, may_lack=()):
+    """Put `weights` {name: array}, in our shapes, into the parameters of `names` {name: parameter}.
+
+    Raises UsageError for one that is missing, has another shape or no place. Names that begin with one of
+    `may_lack` keep their init; these are returned.
+    """
+    lacking = [name for name in names if name not in weights]
+    missing = [name for name in lacking if not name.startswith(tuple(may_lack))]
+    expect(not missing, f"{where}: {missing[:1]} is missing")
+    others = [name for name in weights if name not in names]
+    expect(not others, f"{where}: {others[:1]} has no place in the model")
+    for name, w in weights.items():
+        expect(w.shape == names[name].shape, f"{where}: {name} is {w.shape}, expected {names[name].shape}")
+        names[name].set_value(jnp.asarray(w.astype(np.float32)))
+    return lacking
+
+
+def write_pretrained(folder, weights, config, kind, *parts):
+    """A Hugging Face model folder: config.json, model.safetensors of {name: array}, and what `parts` save.
+
+    `kind` is transformers' class. Every process must have made `weights`; the first one writes.
+    """
+    if jax.process_index() == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        weights = {name: np.asarray(w, order="C") for name, w in weights.items()}
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        config = type(config).from_dict(config.to_dict() | {"architectures": [kind], "dtype": "float32"})
+        for part in (config, *parts):
+            part.save_pretrained(folder)
 
 
 # ---- the run ----
@@ -910,49 +904,46 @@ def read_pretrained(kinds, path):
 class Run:
     """A run directory: run.json, metrics.jsonl, curves.png, ckpt/STEP. Refuses one that holds another run.
 
-    `data`: what a resume must find unchanged; `free`: the script's own flags that it may change.
-    write_folder(dir) writes what a resume needs beside checkpoints.
+    `data`: what a resume must find unchanged; `free`: the script's own flags that it may change. `parts` (a
+    tokenizer, a config) are saved beside run.json: a resume reads them.
     """
 
-    def __init__(self, kind, cfg, data, free, write_folder):
-        self.cfg, self.leads, self.stop = cfg, jax.process_index() == 0, None
+    def __init__(self, kind, cfg, sources, data, free, parts=()):
+        self.cfg, self.leads, self.stopped_by = cfg, jax.process_index() == 0, None
+        self.wandb = import_module("wandb") if cfg.wandb else None
+        data = {f"{i} {name}": s.unchanged for i, (name, s) in enumerate(zip(cfg.data, sources))} | data
         config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
-        ours = [config | dict(coordinator=None, process_id=None), data]
-        same = all(theirs == ours for theirs in gather(ours))
-        expect(same, "the processes have other flags or see other data; all need the same")
-        try:
-            self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
-        except OSError as error:
-            raise UsageError(f"--out-dir {cfg.out_dir or 'out'}: {error}") from error
+        digests = gather(digest([config | dict(coordinator=None, process_id=None), data]))
+        expect(len({*digests}) == 1, "the processes have other flags or see other data")
+        self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if cfg.resume:
-            self.check_unchanged(config, data, [*(f.name for f in dataclasses.fields(RunConfig)), *free])
-        elif self.leads:
-            write_folder(self.dir)
+            self.check_unchanged(config, data, {*RunConfig.__dataclass_fields__, *free.split()})
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
-        self.info = dict(config=config, data=data, id=self.id)
+        self.info = dict(id=self.id, config=config, data=data)
         self.info["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.info |= {name: version(name) for name in ("jax", "flax", "optax", "datasets", "transformers")}
-        if not cfg.resume:  # else once the checkpoint is restored
-            self.write("run.json", json.dumps(self.info, indent=1) + "\n")
+        if self.leads and not cfg.resume:
+            for part in parts:
+                part.save_pretrained(self.dir)
+            self.write("run.json", json.dumps(self.info, indent=1))  # last: what has one can be resumed
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, cleanup_tmp_directories=True)
         self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
         self.saved = self.checkpoints.latest_step()
 
     def claim(self, kind):
         """A new numbered directory, or --out-dir where that is free or to be taken."""
-        while self.cfg.out_dir is None:
-            numbers = [path.name.removeprefix(f"{kind}-") for path in Path("out").glob(f"{kind}-*")]
-            path = Path(f"out/{kind}-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1:03d}")
-            with suppress(FileExistsError):  # another run was faster
-                path.mkdir(parents=True)
-                return path
+        if self.cfg.out_dir is None:
+            for n in count(1):
+                path = Path(f"out/{kind}-{n:03d}")
+                with suppress(FileExistsError):
+                    path.mkdir(parents=True)
+                    return path
         path, where = Path(self.cfg.out_dir), f"--out-dir {self.cfg.out_dir}"
         if not self.cfg.resume and path.exists() and (path.is_file() or any(path.iterdir())):
-            expect(
-                (path / "run.json").exists(), f"{where}: not empty and not a run; choose another directory"
-            )
+            is_run = (path / "run.json").exists()
+            expect(is_run, f"{where}: not empty and not a run; choose another directory")
             choices = "--resume to go on with it, --overwrite to start again, or choose another directory"
             expect(self.cfg.overwrite, f"{where}: holds a run already; {choices}")
             start = self.cfg.init_from and Path(self.cfg.init_from).expanduser().resolve()
@@ -960,7 +951,8 @@ class Run:
             shutil.rmtree(path / "ckpt", ignore_errors=True)
             for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
                 (path / name).unlink(missing_ok=True)
-        path.mkdir(parents=True, exist_ok=True)
+        with blame(where):
+            path.mkdir(parents=True, exist_ok=True)
         return path
 
     def check_unchanged(self, config, data, free):
@@ -969,12 +961,12 @@ class Run:
         self.id = began["id"]
         for name, value in config.items():
             was, flag = began["config"].get(name, value), f"--{name.replace('_', '-')} {value}"
-            started = f"the run in {self.dir} was started with {was}; start a new run to change it"
-            expect(name in free or value == was, f"{flag}: {started}")
+            start = f"the run in {self.dir} was started with {was}; start a new run to change it"
+            expect(name in free or value == was, f"{flag}: {start}")
         for name, value in data.items():
             was = began["data"].get(name)
-            changed = f"--resume: the data {name} are {value}, and were {was} when {self.dir} began"
-            expect(value == was, f"{changed}; it would go on with other rows")
+            change = f"the data {name} are {value}, and were {was} when {self.dir} began"
+            expect(value == was, f"--resume: {change}; it would go on with other rows")
 
     def write(self, name, text):
         """Write a file of the directory so that it is whole at any moment."""
@@ -982,23 +974,16 @@ class Run:
             (self.dir / f"{name}.tmp").write_text(text)
             os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def on_signal(self, number, _frame):
-        self.stop = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-        tqdm.write(f"{signal.Signals(number).name}: saving soon; once more to quit at once", file=sys.stderr)
-
     def restore(self, state):
         """The newest checkpoint's state, sharded like `state`, else `state`. Sets `step` and `position`."""
         self.step, self.position = self.saved or 0, None
         at = f"{self.dir} is at step {self.step} already"
         expect(self.step <= self.cfg.steps, f"--steps {self.cfg.steps}: {at}")
         if self.saved is not None:
-            leaves, tree = flatten(state)
-            like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in leaves.items()}
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             args = dict(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
             restored = self.checkpoints.restore(self.saved, args=ocp.args.Composite(**args))
-            state = jax.tree.unflatten(tree, [restored["state"][name] for name in leaves])
-            self.position = restored["position"][jax.process_index()]
+            state, self.position = restored["state"], restored["position"][jax.process_index()]
         lines = self.read_lines()
         lost = self.step == 0 and lines and lines[-1]["step"] > 2 * self.cfg.ckpt_every
         expect(not lost, f"--resume: {self.dir} was trained, and its checkpoints are gone")
@@ -1006,7 +991,7 @@ class Run:
         self.last = lines[-1] if lines else {}
         if self.cfg.resume:
             self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            self.write("run.json", json.dumps(self.info, indent=1) + "\n")
+            self.write("run.json", json.dumps(self.info, indent=1))
         return state
 
     def read_lines(self):
@@ -1021,20 +1006,22 @@ class Run:
 
         `batches` are made up to `depth` ahead. A step is `per_step` `unit`s (tokens, images) of `flops` each.
         """
-        self.stream, self.unit, self.per_step = Ahead(batches, depth, lambda: self.stop), unit, per_step
+        self.batches, self.unit, self.per_step = (
+            ahead(batches, depth, lambda: self.stopped_by),
+            unit,
+            per_step,
+        )
         device = jax.devices()[0].device_kind
         peak = next((f for name, f in PEAK_FLOPS.items() if re.search(rf"{name}\b", device)), math.inf)
-        self.mfu = lambda rate: rate * flops / (peak * jax.device_count())  # 0 where the peak is not known
-        self.first, self.pending, self.state, self.wandb, handlers = self.step + 1, [], None, None, {}
-        self.line_step, self.line_time, self.line_waited = self.step, time.perf_counter(), 0.0
-        self.timed = np.zeros(3)  # steps, seconds, seconds waited, but for the first line's: it compiles
-        hidden = None if self.leads else True
-        self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=hidden, dynamic_ncols=True)
-        if self.cfg.wandb and self.leads:
-            import wandb
-
+        self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
+        print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}", flush=True)
+        self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
+        self.waited, self.paused = 0.0, time.perf_counter()
+        self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
+        self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
+        if self.wandb and self.leads:
             names = dict(project=self.cfg.wandb, name=self.dir.name, id=self.id, dir=str(self.dir))
-            self.wandb = wandb.init(config=dataclasses.asdict(self.cfg), resume="allow", **names)
+            self.wandb.init(config=dataclasses.asdict(self.cfg), resume="allow", **names)
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -1052,26 +1039,35 @@ class Run:
                 raise RunError(f"out of memory on the device; try {advice}: {in_brief(error)}") from error
             raise
         finally:
-            self.stream.close()
+            self.batches.close()
             self.bar.close()
             with suppress(RuntimeError):  # unless a trace is under way
                 jax.profiler.stop_trace()
             self.checkpoints.close()  # waits for the last checkpoint
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if self.wandb:
+            if self.wandb and self.leads:
                 self.wandb.finish()
         self.sum_up()
 
+    def on_signal(self, number, _frame):
+        self.stopped_by = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        tqdm.write(f"{signal.Signals(number).name}: saving soon; once more to quit at once", file=sys.stderr)
+
     def steps(self):
         """(number of the step from 0, batch) until cfg.steps or a signal; the loop calls `log` in each."""
-        for batch, position in islice(self.stream, self.cfg.steps - self.step):
-            self.position = position
+        while self.step < self.cfg.steps:
+            start = time.perf_counter()
+            batch, self.position = next(self.batches, (None, None))
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
             yield self.step, batch
             if self.due(self.cfg.ckpt_every):
                 self.save()
             if jax.process_count() > 1 and self.checkpoints.reached_preemption(self.step):
-                self.stop = signal.SIGTERM
+                self.stopped_by = signal.SIGTERM
 
     def due(self, every):
         """Whether something is due that happens every so many steps, and after the last; 0 is never."""
@@ -1104,20 +1100,18 @@ class Run:
                 values = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the last good checkpoint is {self.saved}; {advice}")
-        (step, metrics, bad), now, waited = fetched[-1], time.perf_counter(), self.stream.waited
-        passed = np.array([step - self.line_step, now - self.line_time, waited - self.line_waited])
-        self.timed += passed if self.line_step + 1 != self.first else 0
-        self.line_step, self.line_time, self.line_waited = step, now, waited
-        rate, wait = passed[0] * self.per_step / passed[1], passed[2] / passed[1]
+        step, metrics, bad = fetched[-1]
+        self.marks.append(np.array([step, time.perf_counter() - self.paused, self.waited]))
+        steps, seconds, waited = self.marks[-1] - self.marks[-2]
+        rate, wait = steps * self.per_step / seconds, waited / seconds
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
-        line |= {self.unit: step * self.per_step, f"{self.unit}_per_s": rate, "mfu": self.mfu(rate) or None}
-        line |= {"data_wait": wait, "bad_records": bad} | (validation or {})
-        self.last = line
+        line |= {self.unit: step * self.per_step, f"{self.unit}_per_s": rate, "mfu": self.mfu(rate)}
+        self.last = line = line | {"data_wait": wait, "bad_records": bad} | (validation or {})
         if self.leads:
             with open(self.dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        if self.wandb:
-            self.wandb.log(line, step=step)
+            if self.wandb:
+                self.wandb.log(line, step=step)
         text = f"loss {line['loss']:.3f} lr {line['lr']:.1e} {rate:,.0f} {self.unit}/s"
         text += (f" mfu {line['mfu']:.1%}" if line["mfu"] else "") + f" wait {wait:.1%}"
         self.bar.set_postfix_str(text)
@@ -1133,7 +1127,7 @@ class Run:
         jax.block_until_ready(self.pending)
         start = time.perf_counter()
         yield
-        self.line_time += time.perf_counter() - start
+        self.paused += time.perf_counter() - start
 
     def say(self, text):
         tqdm.write(text)
@@ -1145,7 +1139,7 @@ class Run:
             self.flush()
         if self.state is not None and self.step != self.saved:
             position = ocp.args.JsonSave(gather(self.position))
-            args = ocp.args.Composite(state=ocp.args.StandardSave(flatten(self.state)[0]), position=position)
+            args = ocp.args.Composite(state=ocp.args.StandardSave(self.state), position=position)
             self.checkpoints.save(self.step, args=args)
             self.saved = self.step
 
@@ -1172,8 +1166,9 @@ class Run:
 
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
-        (steps, seconds, waited), parts = self.timed, []
-        if steps:
+        parts = []
+        if len(self.marks) > 2:  # without the first line's steps, of which one compiled
+            steps, seconds, waited = self.marks[-1] - self.marks[1]
             rate = steps * self.per_step / seconds
             parts += [f"{rate:,.0f} {self.unit}/s", f"{seconds / steps * 1000:.0f} ms a step"]
             parts += [f"mfu {self.mfu(rate):.1%}"] if self.mfu(rate) else []
@@ -1184,13 +1179,7 @@ class Run:
         if stats := jax.local_devices()[0].memory_stats():
             parts.append(f"of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB")
         print(", ".join([*parts, f"{time.perf_counter() - STARTED:.0f} s in all"]))
-        if self.stop and self.step < self.cfg.steps:
+        if self.stopped_by and self.step < self.cfg.steps:
             where = f"saved at step {self.saved}" if self.saved else "not one step was finished"
             print(f"stopped, {where}; go on with --resume --out-dir {self.dir}", flush=True)
-            sys.exit(128 + self.stop)
-
-
-def flatten(state):
-    """({path: leaf}, tree) of a pytree."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}, tree
+            sys.exit(128 + self.stopped_by)

@@ -16,7 +16,6 @@ import dataclasses
 import math
 import re
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import common
@@ -30,7 +29,6 @@ import tyro
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -128,8 +126,7 @@ def join(tokenizer, texts):
 def pack(tokenizer, held_out, length, records, rng):
     """Rows {"tokens": (length,) int32} of the documents {"text": list} but for those held out, shuffled.
 
-    The documents are joined, and cut into rows from a random start: nothing is padded. Fewer than 2 length
-    tokens are given up, at the two ends.
+    They are joined, and cut from a random start: nothing is padded. Fewer than 2 length tokens are given up.
     """
     tokens = join(tokenizer, [text for text in records["text"] if text not in held_out])
     start = rng.integers(min(length, max(len(tokens) - length, 0) + 1))
@@ -137,12 +134,15 @@ def pack(tokenizer, held_out, length, records, rng):
     return [{"tokens": row} for row in rng.permutation(tokens.reshape(-1, length))]
 
 
-def validation_rows(tokenizer, texts, length):
-    """Inputs and targets (N, length) int32, every token of `texts` a target once; -1 fills the last row."""
+def validation_rows(tokenizer, texts, length, batch_size):
+    """Inputs and targets (batches, batch_size, length) int32, every token of `texts` a target once.
+
+    The rest of the last batch has the target -1, which does not count.
+    """
     tokens = np.concatenate([[tokenizer.eos_token_id], join(tokenizer, texts)]).astype(np.int32)
-    short = -(len(tokens) - 1) % length
+    short = -(len(tokens) - 1) % (batch_size * length)
     inputs, targets = np.pad(tokens[:-1], (0, short)), np.pad(tokens[1:], (0, short), constant_values=-1)
-    return inputs.reshape(-1, length), targets.reshape(-1, length)
+    return inputs.reshape(-1, batch_size, length), targets.reshape(-1, batch_size, length)
 
 
 # ---- model ----
@@ -156,23 +156,14 @@ class Linear(nnx.Linear):
         return (y + self.bias[...]).astype(self.dtype)
 
 
-class Embed(nnx.Embed):
-    """nnx.Embed, but looked up in float32 and cast then, for the same reason: a token is in many places."""
-
-    def __call__(self, ids):
-        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
-
-
 def dense(fan_in, fan_out, dtype, rngs, std=0.02):
     """A dense layer with GPT-2's init; its kernel is (in, out), as in the published checkpoints."""
     return Linear(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
 
 
 def dropout(x, rate, key):
-    """Zero a share `rate` of x and scale up the rest; without a key, that is in evaluation, nothing."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    """Without a key, that is in evaluation, x itself."""
+    return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
 
 
 class Attention(nnx.Module):
@@ -233,9 +224,10 @@ class GPT(nnx.Module):
     """
 
     def __init__(self, config, *, dtype="float32", remat=False, rngs):
-        self.config, self.remat = nnx.static(config), remat
+        self.config, self.dtype, self.remat = nnx.static(config), dtype, remat
         init = nnx.initializers.normal(0.02)
-        embed = partial(Embed, features=config.n_embd, embedding_init=init, dtype=dtype, rngs=rngs)
+        # in float32: a token is in many places, and bfloat16 cannot hold the sum of their gradients
+        embed = partial(nnx.Embed, features=config.n_embd, embedding_init=init, rngs=rngs)
         self.wte = embed(-(-config.vocab_size // 128) * 128)  # whole tiles; the padding is never seen outside
         self.wpe = embed(config.n_positions)
         self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
@@ -253,7 +245,8 @@ class GPT(nnx.Module):
         n = len(self.h)
         pos = jnp.arange(tokens.shape[1])[None] if pos is None else pos
         keys = [None] * (n + 1) if key is None else jax.random.split(key, n + 1)
-        x = dropout(self.wte(tokens) + self.wpe(pos), self.config.embd_pdrop, keys[n])  # (B, T, C)
+        x = (self.wte(tokens) + self.wpe(pos)).astype(self.dtype)  # (B, T, C)
+        x = dropout(x, self.config.embd_pdrop, keys[n])
         caches = [None] * n if caches is None else [*caches]
         for i, block in enumerate(self.h):
             block = jax.checkpoint(block.__call__) if self.remat else block
@@ -262,7 +255,10 @@ class GPT(nnx.Module):
 
     def head(self, x):
         """Logits (..., V) float32 of hidden states (..., C); the head is tied to the token embedding."""
-        return self.wte.attend(x)[..., : self.config.vocab_size].astype(jnp.float32)
+        return self.padded_logits(x)[..., : self.config.vocab_size].astype(jnp.float32)
+
+    def padded_logits(self, x):
+        return x @ self.wte.embedding[...].astype(x.dtype).T
 
 
 # ---- pretrained weights in and out ----
@@ -279,46 +275,32 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
     common.refuse_others(config, followed, where)
     config.update(overrides)
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".masked_bias"))}
     head = weights.pop("lm_head.weight", None)  # the same table, stored under either name or both
-    weights.setdefault("wte.weight", head)
-    is_tied = head is None or np.array_equal(head, weights["wte.weight"])
+    table = weights.setdefault("wte.weight", head)
+    for name in ("wte.weight", "wpe.weight"):
+        expect(weights.get(name) is not None, f"{where}: {name} is missing")
+    is_tied = head is None or np.array_equal(head, table)
     expect(is_tied, f"{where}: lm_head.weight is not wte.weight, only tied ones are supported")
+    rows, V = len(table), config.vocab_size
+    expect(rows == V, f"{where}: wte.weight has {rows} tokens, and vocab_size is {V}")
+    weights["wte.weight"] = np.pad(table, [(0, -V % 128), (0, 0)])
+    weights["wpe.weight"] = weights["wpe.weight"][: config.n_positions]
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     state = nnx.state(model)
-    for name, param in checkpoint_names(state).items():
-        w = weights.pop(name, None)
-        expect(w is not None, f"{where}: {name} is missing")
-        if name == "wte.weight":
-            expect(
-                len(w) == config.vocab_size, f"{where}: {len(w)} tokens, and vocab_size {config.vocab_size}"
-            )
-            w = np.pad(w, [(0, -len(w) % 128), (0, 0)])
-        if name == "wpe.weight":
-            w = w[: config.n_positions]
-        expect(w.shape == param.shape, f"{where}: {name} is {w.shape}, expected {param.shape}")
-        param.set_value(jnp.asarray(w.astype(np.float32)))
-    others = [name for name in weights if not name.endswith((".attn.bias", ".masked_bias"))]
-    expect(not others, f"{where}: {', '.join(others[:3])} has no place in a GPT-2")
+    common.load_weights(checkpoint_names(state), weights, where)
     nnx.update(model, state)
     return model
 
 
-def save_pretrained(model, folder, tokenizer=None):
-    """Write config.json, model.safetensors and the tokenizer: what GPT2LMHeadModel.from_pretrained reads."""
+def save_pretrained(model, folder, *parts):
+    """Write what GPT2LMHeadModel.from_pretrained reads, and what `parts` save, such as a tokenizer."""
     weights = {f"transformer.{name}": common.to_host(p[...]) for name, p in checkpoint_names(model).items()}
-    if jax.process_index():
-        return
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    GPT2Config.from_dict(config).save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.model_max_length = model.config.n_positions
-        tokenizer.save_pretrained(folder)
+    common.write_pretrained(folder, weights, model.config, "GPT2LMHeadModel", *parts)
 
 
-# ---- loss and optimizer ----
+# ---- training ----
 
 
 def loss_sum(model, tokens, targets, key=None):
@@ -327,7 +309,7 @@ def loss_sum(model, tokens, targets, key=None):
     if jax.default_backend() == "cpu":
         nats = optax.softmax_cross_entropy_with_integer_labels(model.head(x), jnp.maximum(targets, 0))
     else:  # without a scatter into all the logits, and none of them written in float32
-        logits = model.wte.attend(x).astype(jnp.float32)  # (B, T, V padded)
+        logits = model.padded_logits(x).astype(jnp.float32)  # (B, T, V padded)
         ids = jnp.arange(logits.shape[-1])
         logits = jnp.where(ids < model.config.vocab_size, logits, -jnp.inf)
         picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
@@ -336,17 +318,14 @@ def loss_sum(model, tokens, targets, key=None):
 
 
 def make_schedule(cfg):
-    """Linear warm-up, then a cosine that reaches min_lr at `steps`, or with `cooldown` a plateau and a line.
-
-    The second is warmup-stable-decay (arXiv 2405.18392): until it cools down, `steps` makes no difference.
-    """
+    """Linear warm-up, then a cosine to min_lr; with `cooldown` a plateau and a line (arXiv 2405.18392)."""
     steps = max(cfg.steps, 1)
     warm = min(cfg.warmup_steps, steps - 1)
     if cfg.cooldown == 0:
         return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
     fall = min(max(1, round(cfg.cooldown * steps)), steps - warm)
-    parts = [optax.linear_schedule(cfg.lr / (warm + 1), cfg.lr, warm), optax.constant_schedule(cfg.lr)]
-    parts.append(optax.linear_schedule(cfg.lr, cfg.min_lr, fall))
+    up, down = (cfg.lr / (warm + 1), cfg.lr, warm), (cfg.lr, cfg.min_lr, fall)
+    parts = optax.linear_schedule(*up), optax.constant_schedule(cfg.lr), optax.linear_schedule(*down)
     return optax.join_schedules(parts, [warm, steps - fall])
 
 
@@ -368,36 +347,33 @@ def make_optimizer(cfg, schedule):
     return optax.chain(clip, rule)
 
 
-# ---- train and eval step ----
-
-
 def make_train_step(graphdef, state, cfg, schedule):
     """jit: (state, tokens (B, T + 1), key of this step) -> (state, metrics). The state is donated."""
     shardings, accum = jax.tree.map(lambda x: x.sharding, state), common.microbatches(cfg)
-    mesh = jax.tree.leaves(shardings)[0].mesh
+    mesh, model_def = jax.tree.leaves(shardings)[0].mesh, nnx.graphdef(nnx.merge(graphdef, state)[0])
 
     # a device differentiates the loss of its own rows; by itself XLA sums over devices in every microbatch
-    @partial(jax.shard_map, mesh=mesh, in_specs=(None, P(), P("data"), P()), out_specs=P(), check_vma=False)
-    def gradients(model_def, params, tokens, key):
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P(), check_vma=False)
+    def gradients(params, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        # B here is the rows of one device: (B, T + 1) -> (accum, B / accum, T + 1)
-        tokens = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
-        total = jax.lax.psum(jnp.sum(tokens[..., 1:] >= 0), "data")  # a target weighs the same in each
+        total = jax.lax.psum(jnp.sum(tokens[:, 1:] >= 0), "data")  # of all devices and microbatches
+        # (rows of this device, T + 1) -> (accum, rows of a microbatch, T + 1)
+        batches = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
 
-        def loss_fn(params, tokens, key):
-            return loss_sum(nnx.merge(model_def, params), tokens[:, :-1], tokens[:, 1:], key)[0] / total
+        def add_microbatch(sums, tokens_and_key):
+            tokens, key = tokens_and_key
+            inputs, targets = tokens[:, :-1], tokens[:, 1:]
+            loss_fn = lambda params: loss_sum(nnx.merge(model_def, params), inputs, targets, key)[0] / total
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn)(params)), None
 
-        def microbatch(sums, batch):
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn)(params, *batch)), None
-
-        zeros, keys = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), jax.random.split(key, accum)
-        loss_and_grads, _ = jax.lax.scan(microbatch, zeros, (tokens, keys))
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        loss_and_grads, _ = jax.lax.scan(add_microbatch, zeros, (batches, jax.random.split(key, accum)))
         return jax.lax.psum(loss_and_grads, "data")
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(state, tokens, key):
         model, optimizer = nnx.merge(graphdef, state)
-        loss, grads = gradients(*nnx.split(model), tokens, key)
+        loss, grads = gradients(nnx.state(model), tokens, key)
         metrics = {"loss": loss, "lr": schedule(optimizer.step[...]), "grad_norm": optax.global_norm(grads)}
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), metrics
@@ -405,24 +381,20 @@ def make_train_step(graphdef, state, cfg, schedule):
     return train_step
 
 
-def make_eval_step(graphdef, mesh):
-    """jit: (state, inputs (B, T), targets (B, T)) -> what loss_sum returns."""
+def make_evaluate(graphdef, rows, tokens_per_byte, mesh):
+    """state -> {"val_loss": nats a token, "val_bpb": bits a byte} over every target of the rows."""
     sums = lambda state, inputs, targets: loss_sum(nnx.merge(graphdef, state)[0], inputs, targets)
-    return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
+    eval_step = jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
 
+    def evaluate(state):
+        parts = [eval_step(state, *common.shard_batch(mesh, batch, whole=True)) for batch in zip(*rows)]
+        nats, count = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
+        return {
+            "val_loss": float(nats / count),
+            "val_bpb": float(nats / count * tokens_per_byte / math.log(2)),
+        }
 
-def evaluate(eval_step, state, rows, batch_size, mesh):
-    """{"val_loss": nats over every target of the rows, two (N, T), whatever the batch size}."""
-    inputs, targets = rows
-    short = -len(inputs) % batch_size  # the last batch is filled up with targets that do not count
-    inputs = np.pad(inputs, ((0, short), (0, 0)))
-    targets = np.pad(targets, ((0, short), (0, 0)), constant_values=-1)
-    sums = []
-    for i in range(0, len(inputs), batch_size):
-        batch = inputs[i : i + batch_size], targets[i : i + batch_size]
-        sums.append(eval_step(state, *common.shard_batch(mesh, batch, whole=True)))
-    nats, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return {"val_loss": float(nats / count)}
+    return evaluate
 
 
 # ---- sampling ----
@@ -470,7 +442,7 @@ def generate(
         return i + 1, *draw(i, out, done, x[:, 0]), caches
 
     H, D = model.config.n_head, model.config.n_embd // model.config.n_head
-    empty = jnp.zeros((B, T + max_new_tokens, H, D), model.wte.dtype)
+    empty = jnp.zeros((B, T + max_new_tokens, H, D), model.dtype)
     caches = [(empty, empty) for _ in model.h]  # keys and values
     x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])
     out = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, max_new_tokens)))
@@ -497,8 +469,8 @@ def complete(model, tokenizer, prompts, cfg, key):
     if new < cfg.max_new_tokens:
         print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
     tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in ids])
-    draw = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
-    out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **draw))
+    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
+    out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **options))
     return [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
 
 
@@ -507,20 +479,20 @@ def complete(model, tokenizer, prompts, cfg, key):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(
-        cfg, "val_docs", "seq_len", "shuffle_buffer", "n_layer", "n_head", "n_embd", "max_new_tokens"
-    )
+    sizes = "val_docs seq_len shuffle_buffer n_layer n_head n_embd max_new_tokens"
+    common.check(cfg, *sizes.split())
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
-    expect(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: must be in [0, 1]")
     expect(cfg.temperature >= 0, f"--temperature {cfg.temperature}: must not be negative; 0 is greedy")
     expect(cfg.top_k is None or cfg.top_k > 0, f"--top-k {cfg.top_k}: must be at least 1")
     expect(cfg.top_p is None or 0 < cfg.top_p <= 1, f"--top-p {cfg.top_p}: must be in (0, 1]")
     expect(all(cfg.prompt), "--prompt: is empty; give some text to go on from")
+    trains = cfg.init_from and (cfg.tokenizer or "").startswith("bpe:")
+    expect(not trains, f"--tokenizer {cfg.tokenizer}: is trained anew, and --init-from knows its own")
 
 
 def build(cfg, tokenizer):
     """The model to start from: that of --init-from, whose sizes it has, or a new one."""
-    V, eos = common.vocabulary_size(tokenizer), tokenizer.eos_token_id
+    V, eos = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
     rates = dict(embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, resid_pdrop=cfg.dropout)
     if not cfg.init_from:
         sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_positions=cfg.seq_len)
@@ -547,36 +519,28 @@ def main(cfg):
     val_texts, documents = common.hold_out_texts(cfg, sources)
     tokenizer_name = cfg.out_dir if cfg.resume else cfg.tokenizer or cfg.init_from or "bpe:4096"
     tokenizer = load_tokenizer(tokenizer_name, documents)
-    val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len)
+    accum = common.microbatches(cfg)
+    val_rows = validation_rows(tokenizer, val_texts, cfg.seq_len, cfg.batch_size // accum)
     tokens_per_byte = np.sum(val_rows[1] >= 0) / sum(len(text.encode()) for text in val_texts)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
-    positions = model.config.n_positions
+    positions = tokenizer.model_max_length = model.config.n_positions
     expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
     encode_prompts(tokenizer, cfg.prompt, positions)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step, eval_step = make_train_step(graphdef, state, cfg, schedule), make_eval_step(graphdef, mesh)
-    accum = common.microbatches(cfg)
-
-    def validate(state):
-        result = evaluate(eval_step, state, val_rows, cfg.batch_size // accum, mesh)
-        return result | {"val_bpb": result["val_loss"] / math.log(2) * tokens_per_byte}  # bits per byte
-
+    train_step = make_train_step(graphdef, state, cfg, schedule)
+    evaluate = make_evaluate(graphdef, val_rows, tokens_per_byte, mesh)
     if not cfg.steps:
-        result = validate(state)
+        result = evaluate(state)
         print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {len(val_texts)} documents")
         return result
 
     # the run directory, its newest checkpoint, and the stream from where that was
-    def write_folder(folder):
-        tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
-
-    unchanged = common.unchanged(cfg, sources) | {"validation texts": common.digest(val_texts)}
+    unchanged = {"validation texts": common.digest(val_texts)}
     unchanged["tokenizer"] = common.digest(tokenizer.backend_tokenizer.to_str())
-    run = common.Run("gpt", cfg, unchanged, FREE.split(), write_folder)
+    run = common.Run("gpt", cfg, sources, unchanged, FREE, [tokenizer, model.config])
     state = run.restore(state)
     make_rows = partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1)
     batches = common.open_batches(cfg, sources, make_rows, run)
@@ -589,7 +553,6 @@ def main(cfg):
     print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
     size = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
     print(f"step       {size}, {accum} microbatches, {cfg.optimizer}")
-    print(f"run        {run.dir}, from step {run.step} to {cfg.steps}", flush=True)
     del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(batches, 128, "tokens", cfg.batch_size * T, flops):
@@ -599,7 +562,7 @@ def main(cfg):
             run.log(state, metrics)
             if run.due(cfg.eval_every):
                 with run.pause():
-                    result = validate(state)
+                    result = evaluate(state)
                 run.flush(result)
             if run.due(cfg.sample_every):
                 with run.pause():

@@ -18,10 +18,8 @@ import dataclasses
 import math
 import os
 import re
-import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from itertools import chain, count, islice
@@ -31,30 +29,25 @@ from typing import Literal
 import common
 from common import expect
 
-import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from datasets.utils.file_utils import xopen
 from flax import nnx
-from huggingface_hub.errors import EntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image, ImageOps, PngImagePlugin
-from safetensors.numpy import save_file
 from transformers import AutoImageProcessor, BitImageProcessorPil, ConvNextImageProcessorPil, ResNetConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 BILINEAR = Image.Resampling.BILINEAR
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata make no picture worse
 
 
 @dataclasses.dataclass
 class Config(common.RunConfig):
-    preset: Literal["digits", "cifar10", "imagenet"] = (
-        "digits"  # a recipe: other defaults for the flags below
-    )
+    # a recipe: other defaults for the flags below
+    preset: Literal["digits", "cifar10", "imagenet"] = "digits"
     # data
     data: tuple[str, ...] = ("digits",)  # digits (offline), synthetic, hub ids, files, URLs, folders
     data_name: tuple[str, ...] = ()  # configuration of each hub data set; - for none
@@ -64,7 +57,7 @@ class Config(common.RunConfig):
     val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or see val_every
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
     num_classes: int | None = None  # needed where labels are bare numbers; else found from their names
-    image_size: int = 16  # side of the square that the model sees, S; left at the default, init_from's
+    image_size: int | None = None  # side of what a model sees, S; without flag or preset init_from's, or 16
     eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; init_from has its own
     crop: Literal["pad", "resized"] = "pad"  # training sees shifted pictures, or random parts of them
     crop_pad: int = 2  # pad: shifted by at most so many pixels
@@ -100,9 +93,9 @@ class Config(common.RunConfig):
     predict: tuple[str, ...] = ()  # picture files to classify; with --steps 0
 
 
-CIFAR = dict(data=("uoft-cs/cifar10",), image_size=32, crop_pad=4, flip=True, shuffle_buffer=10_000)
-CIFAR |= dict(width=64, steps=78_200, batch_size=128, eval_every=391, ckpt_every=1_955, warmup_steps=391)
-CIFAR |= dict(label_smoothing=0.0, ema=0.0, mixup=0.0)
+CIFAR = dict(data=("uoft-cs/cifar10",), image_size=32, crop_pad=4, flip=True, shuffle_buffer=10_000, width=64)
+CIFAR |= dict(steps=78_200, batch_size=128, warmup_steps=391, label_smoothing=0.0, ema=0.0, mixup=0.0)
+CIFAR |= dict(eval_every=391, ckpt_every=1_955)
 IMAGENET = dict(data=("ILSVRC/imagenet-1k",), image_size=224, crop="resized", flip=True, eval_crop=0.875)
 IMAGENET |= dict(shuffle_buffer=5_000, depth=50, width=64, stem="imagenet", ema=0.0, mixup=0.0)
 # 1,281,167 pictures / 1,024 are 1,251 steps an epoch, of which 90, and 5 to warm up (Goyal et al. 2017)
@@ -118,80 +111,38 @@ FREE += " grad_clip dropout remat eval_batches predict"
 # ---- data ----
 
 
-def open_digits():
-    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998) as png files, a fifth held out."""
-    from sklearn.datasets import load_digits  # slow to import
-
-    digits, files = load_digits(), []
-    for pixels in digits.images:  # (8, 8), 0 to 16
-        Image.fromarray(np.uint8(pixels * 255 / 16)).save(file := BytesIO(), "png")
-        files.append(file.getvalue())
-    order, splits = np.random.default_rng(0).permutation(len(files)), {}
-    for split, part in {"validation": order[:359], "train": order[359:]}.items():
-        rows = {"image": [files[i] for i in part], "label": digits.target[part]}
-        splits[split] = datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=100)
-    return common.Source(splits, {"image": "image", "label": "label"}, [*"0123456789"], 0, {})
-
-
 def open_sources(cfg):
-    """Sources to train on, and [(source, share)] to validate on: with one picture in `share` of its split."""
-    roles = {"image": cfg.image_column, "label": cfg.label_column}
-    train = [open_digits()] if cfg.data == ("digits",) else common.open_data(cfg, roles)
+    """Sources to train on, [(source, one_in)] to validate on, one picture in so many, and classes or []."""
+    roles, n = {"image": cfg.image_column, "label": cfg.label_column}, cfg.num_classes
+    train = common.open_data(cfg, roles)
+    held, one_in, names = train, cfg.val_every, train[0].classes
     if cfg.val_data:
-        return train, [(source, 1) for source in common.open_data(cfg, roles, cfg.val_data, "--val-data")]
-    return train, [(source, cfg.val_every if source.validation == "train" else 1) for source in train]
-
-
-def class_names(cfg, sources):
-    """The names of the classes, of all sources the same; None where the model of --init-from has to know."""
-    n, names = cfg.num_classes, sources[0].classes
-    for source in sources:
-        others = f"its sources have other classes: {brief(names)}; {brief(source.classes)}"
-        expect(source.classes == names, f"--data: {others}")
-    needed = f"is needed, for {cfg.data[0]} does not name its classes"
-    expect(n or names or cfg.init_from, f"--num-classes: {needed}")
-    expect(not (n and names) or n == len(names), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
-    return names or (n and [str(i) for i in range(n)])
+        held, one_in = common.open_data(cfg, roles, cfg.val_data, "--val-data"), 1
+    for source in (*train, *held):
+        same = source.classes == names
+        expect(same, f"--data: its sources have other classes: {brief(names)}; {brief(source.classes)}")
+    known = names or n or cfg.init_from
+    expect(known, f"--num-classes: is needed, for {cfg.data[0]} does not name its classes")
+    expect(not names or n in (None, len(names)), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
+    val = [(source, one_in if source.validation == "train" else 1) for source in held]
+    return train, val, names or [str(i) for i in range(n or 0)]
 
 
 def brief(names):
-    return textwrap.shorten(f"{len(names)}, {', '.join(names)}", 60, placeholder=" ...") if names else "none"
+    return f"{len(names)}, {', '.join(names)[:60]}" if names else "none"
 
 
-def read_file(value, retries):
-    """The bytes of a picture's file: bytes, or {"bytes", "path"} as `datasets` has it. Raises ValueError."""
-    value = {"bytes": value} if isinstance(value, bytes) else value
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    if not value.get("path"):
-        raise ValueError("image has neither bytes nor a path")
-    for failures in count(1):
-        try:
-            with xopen(value["path"], "rb") as file:
-                return file.read()
-        except Exception as error:  # the network's have no common kind
-            cause = error.__cause__ or error  # fsspec finds no file where the host does not answer
-            gone = isinstance(cause, FileNotFoundError | EntryNotFoundError)
-            gone = gone or getattr(cause, "status", 0) in (403, 404, 410)
-            if gone or "://" not in str(value["path"]):
-                raise ValueError(common.in_brief(error)) from error
-            common.wait_after(error, failures, retries)
-
-
-def open_image(data, at_least=None):
+def open_image(data, at_least=1 << 16):
     """The picture in a file's bytes, upright, in RGB, on white where it is transparent. Raises ValueError."""
     try:
         image = Image.open(BytesIO(data))
-        if at_least:  # a large jpeg may come at 1/2, 1/4 or 1/8 of its size
-            image.draft(None, (at_least, at_least))
+        image.draft(None, (at_least, at_least))  # a large jpeg may come at 1/2, 1/4 or 1/8 of its size
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert() would clip
-            pixels = np.asarray(image, np.float32)
-            top = 65535 if image.mode.startswith("I") else pixels.max()
-            image = Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1)))
+        if image.mode[0] in "IF":  # 16 bits and more, which convert() alone would clip
+            white = 65535 if image.mode[0] == "I" else max(image.getextrema()[1], 1e-9)
+            image = image.convert("F").point(lambda value: value * (255 / white)).convert("L")
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # pillow raises some ten kinds
         raise ValueError(common.in_brief(error)) from error
@@ -204,40 +155,37 @@ def random_box(width, height, least, rng):
         if w <= width and h <= height:
             left, top = rng.random(2) * (width - w, height - h)
             return left, top, left + w, top + h
-    return None
+    side = min(width, height)  # of a long picture, the central square
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
 def training_crop(cfg, size, data, key):
     """A random crop (S, S, 3) uint8, of random area and shape or shifted; the same for the same `key`."""
-    rng, image, box = np.random.default_rng(key), open_image(data, 4 * size), None
+    rng, image = np.random.default_rng(key), open_image(data, 4 * size)
     if cfg.crop == "resized":  # Szegedy et al. 2014
         box = random_box(*image.size, cfg.crop_area, rng)
-    if box:
         image = image.resize((size, size), BILINEAR, box, reducing_gap=2.0)
-    else:
-        image = ImageOps.fit(image, (size, size), BILINEAR)  # the central square
-    if cfg.crop == "pad":  # black beyond the edge
+    else:  # the central square, black beyond its edge
         left, top = rng.integers(-cfg.crop_pad, cfg.crop_pad + 1, 2)
-        image = image.crop((left, top, left + size, top + size))
+        image = ImageOps.fit(image, (size, size), BILINEAR).crop((left, top, left + size, top + size))
     return np.asarray(image)[:, :: -1 if cfg.flip and rng.random() < 0.5 else 1]
 
 
 def make_rows(records, rng):
     """The records in another order, each with a key for its crop."""
-    rows = zip(records["image"], records["label"], rng.integers(2**63, size=len(records["label"])))
-    rows = [dict(image=image, label=label, key=key) for image, label, key in rows]
-    return [rows[i] for i in rng.permutation(len(rows))]
+    n = len(records["label"])
+    keys, order = rng.integers(2**63, size=n), rng.permutation(n)
+    return [{"image": records["image"][i], "label": records["label"][i], "key": keys[i]} for i in order]
 
 
-def decode(crop, share, held_out, retries, row):
+def decode(crop, one_in, held_out, retries, row):
     """{"image": crop(bytes, key) (S, S, 3) uint8, "label": int32} of a row of make_rows; or the ValueError.
 
-    One picture in `share`, by its bytes, wherever it stands and recurs, is for validation: None of the others
-    where those `held_out` are wanted, and the other way round.
+    One picture in `one_in` is `held_out`, by its bytes, wherever it recurs; None of one of the other kind.
     """
     try:
-        data = read_file(row["image"], retries)
-        if share == 1 or (zlib.crc32(data) % share == 0) == held_out:
+        data = common.read_file(row["image"], retries)
+        if one_in == 1 or (zlib.crc32(data) % one_in == 0) == held_out:
             return {"image": crop(data, row["key"]), "label": np.int32(row["label"])}
     except ValueError as error:
         path = row["image"].get("path") if isinstance(row["image"], dict) else None
@@ -245,19 +193,56 @@ def decode(crop, share, held_out, retries, row):
 
 
 def validation_rows(sources, view, retries):
-    """Each picture of [(source, share), ...] that is held out, once, as `decode` gives it."""
+    """Each picture of [(source, one_in), ...] that is held out, once, as `decode` gives it."""
     pool, seen, bad = ThreadPoolExecutor(os.cpu_count()), 0, 0
     crop = lambda data, _: view.pixels(open_image(data))
-    for source, share in sources:
+    for source, one_in in sources:
         rows = iter(source.stream(make_rows, 64, None, source.validation))
         while chunk := list(islice(rows, 64)):
             seen += len(chunk)
-            for row in pool.map(partial(decode, crop, share, True, retries), chunk):
+            for row in pool.map(partial(decode, crop, one_in, True, retries), chunk):
                 if isinstance(row, ValueError):
                     bad += 1
                     common.report_bad(f"a picture to validate on: {row}", bad, seen)
                 elif row is not None:
                     yield row
+
+
+class View:
+    """How a model sees pictures: as its image processor, one of transformers', makes them."""
+
+    def __init__(self, processor):
+        look = lambda picture: processor(picture, return_tensors="np")["pixel_values"][0]
+        black, white = look(Image.new("RGB", (48, 32), "black")), look(Image.new("RGB", (32, 48), "white"))
+        S, shapes = black.shape[-1], {black.shape, white.shape}
+        expect(shapes == {(3, S, S)}, f"pictures come out as {shapes}, not as squares of one size")
+        expect(not getattr(processor, "do_flip_channel_order", False), "do_flip_channel_order: not supported")
+        self.processor, self.size = processor, S
+        # rescales and normalises, as far as the processor does
+        self.offset, self.slope = black[:, 0, 0], (white - black)[:, 0, 0] / 255
+
+    def pixels(self, image):
+        """The picture as the model is to see it, (S, S, 3) uint8."""
+        raw = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return raw["pixel_values"][0].transpose(1, 2, 0)
+
+    def normalise(self, images):
+        """Pixels (..., 3) uint8 -> what the model reads, float32."""
+        return images.astype(jnp.float32) * self.slope + self.offset
+
+
+def read_view(folder, size, where):
+    """The view in a model's folder, or transformers' default for a ResNet; with `size` for pictures of it."""
+    with common.blame(f"{where}: preprocessor_config.json"):
+        processor = ConvNextImageProcessorPil()
+        if any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        view, settings = View(processor), processor.to_dict()
+        if size is not None:
+            for name in {"size", "crop_size"} & {name for name in settings if settings[name]}:
+                settings[name] = {side: round(n * size / view.size) for side, n in settings[name].items()}
+            view = View(type(processor)(**settings))
+        return view
 
 
 # ---- model ----
@@ -271,67 +256,47 @@ def total(x):
     return jnp.ones(len(x)) @ x  # ten times faster than XLA's own sum over the leading axes
 
 
-@jax.custom_vjp
+@jax.custom_gradient
 def standardise(x, scale, bias):
     """(y (B, H, W, C), mean (C,), variance (C,)) in float32: y is (x - mean) / deviation * scale + bias.
 
     Only y has a gradient: written out, it takes half of autodiff's passes over x.
     """
-    return standardise_fwd(x, scale, bias)[0]
-
-
-def standardise_fwd(x, scale, bias):
     n = x.size // x.shape[-1]
     mean = total(x) / n
     var = total(jnp.square(x - mean)) / n  # E[x^2] - E[x]^2 would put a loss off by 1e-3 within three steps
     inv = jax.lax.rsqrt(var + 1e-5)
-    return ((x - mean) * (inv * scale) + bias, mean, var), (x, mean, inv, scale)
 
+    def gradient(grads):
+        dy, x_hat = grads[0], (x - mean) * inv
+        dscale, dbias = total(dy * x_hat), total(dy)
+        # y does not change when all of x moves or stretches: take the parts of dy along 1 and x_hat out
+        dx = scale * inv * (dy - dbias / n - x_hat * dscale / n)
+        return dx.astype(x.dtype), dscale, dbias
 
-def standardise_bwd(saved, grads):
-    (x, mean, inv, scale), (dy, _, _) = saved, grads
-    x_hat, n = (x - mean) * inv, x.size // x.shape[-1]
-    dscale, dbias = total(dy * x_hat), total(dy)
-    # y does not change when all of x moves or stretches: take the parts of dy along 1 and along x_hat out
-    dx = scale * inv * (dy - dbias / n - x_hat * dscale / n)
-    return dx.astype(x.dtype), dscale, dbias
-
-
-standardise.defvjp(standardise_fwd, standardise_bwd)
-
-
-class BatchNorm(nnx.Module):
-    """Ioffe & Szegedy 2015. Statistics are taken and kept in float32, over the batch of all devices."""
-
-    def __init__(self, features, dtype, scale=1.0):
-        self.scale = nnx.Param(jnp.full(features, scale, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(features))
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
-        self.dtype = dtype
-
-    def __call__(self, x, train):
-        if not train:
-            scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
-            return ((x - self.mean[...]) * scale + self.bias[...]).astype(self.dtype)
-        y, mean, var = standardise(x, self.scale[...], self.bias[...])
-        n = x.size / x.shape[-1]
-        # nnx.BatchNorm keeps the biased variance; PyTorch, and so the published weights, the unbiased one
-        self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
-        self.var[...] = 0.9 * self.var[...] + 0.1 * n / max(n - 1, 1) * var
-        return y.astype(self.dtype)
+    return ((x - mean) * (inv * scale) + bias, mean, var), gradient
 
 
 class ConvNorm(nnx.Module):
-    """A convolution with He's init, padded as by PyTorch (SAME is another thing at stride 2), and a norm."""
+    """A convolution, padded as by PyTorch (SAME is another thing at stride 2), and batch norm in float32."""
 
     def __init__(self, fan_in, fan_out, size, stride, dtype, rngs, scale=1.0):
-        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-        given = dict(strides=stride, padding=size // 2, use_bias=False, kernel_init=init, dtype=dtype)
-        self.convolution = nnx.Conv(fan_in, fan_out, (size, size), **given, rngs=rngs)
-        self.normalization = BatchNorm(fan_out, dtype, scale)
+        he = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        options = dict(strides=stride, padding=size // 2, use_bias=False, kernel_init=he, dtype=dtype)
+        self.convolution, self.dtype = nnx.Conv(fan_in, fan_out, (size, size), **options, rngs=rngs), dtype
+        constant = nnx.initializers.constant(scale)
+        self.normalization = nnx.BatchNorm(fan_out, scale_init=constant, rngs=nnx.Rngs(0))  # draws nothing
 
     def __call__(self, x, train):
-        return self.normalization(self.convolution(x), train)
+        x, norm = self.convolution(x), self.normalization
+        if not train:
+            return norm(x, use_running_average=True).astype(self.dtype)
+        y, mean, var = standardise(x, norm.scale[...], norm.bias[...])
+        n = x.size / x.shape[-1]
+        # nnx's own keeps the biased variance; PyTorch, and so the published weights, the unbiased one
+        norm.mean[...] = 0.9 * norm.mean[...] + 0.1 * mean
+        norm.var[...] = 0.9 * norm.var[...] + 0.1 * n / max(n - 1, 1) * var
+        return y.astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -365,18 +330,16 @@ class ResNet(nnx.Module):
 
     def __init__(self, config, view, *, dropout=0.0, dtype="float32", remat=False, rngs):
         self.config, self.view, self.dropout = nnx.static(config), nnx.static(view), dropout
-        self.dtype, self.remat = dtype, remat
-        self.stem = getattr(config, "stem", "imagenet")
+        self.dtype, self.remat, self.stem = dtype, remat, getattr(config, "stem", "imagenet")
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         block = partial(Block, config.layer_type, dtype=dtype, rngs=rngs)
-        C, stages = config.embedding_size, []
+        C, self.stages = config.embedding_size, nnx.List()
         self.embedder = ConvNorm(3, C, size, stride, dtype, rngs)
         for i, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes)):
             first = block(C, width, stride=2 if i else 1)
-            stages.append(nnx.List([first, *(block(width, width, stride=1) for _ in range(depth - 1))]))
+            self.stages.append(nnx.List([first, *(block(width, width, stride=1) for _ in range(depth - 1))]))
             C = width
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's; float32 in any case
-        self.stages = nnx.List(stages)
         self.classifier = nnx.Linear(C, config.num_labels, kernel_init=init, rngs=rngs)
 
     def __call__(self, images, train=False, key=None):
@@ -393,42 +356,6 @@ class ResNet(nnx.Module):
         return self.classifier(x)
 
 
-class View:
-    """How a model wants to see pictures: what its image processor, one of transformers', makes of them."""
-
-    def __init__(self, processor):
-        self.processor = processor
-        sizes = {self.pixels(Image.new("RGB", size)).shape[:2] for size in ((48, 32), (32, 48))}
-        self.size = max(max(sizes))
-        expect(sizes == {(self.size,) * 2}, f"pictures come out as {sizes}, and not as squares of one size")
-        expect(not getattr(processor, "do_flip_channel_order", False), "do_flip_channel_order: not supported")
-        images = [Image.new("RGB", (self.size,) * 2, color) for color in ("black", "white")]
-        black, white = processor(images, return_tensors="np")["pixel_values"][:, :, 0, 0]
-        self.offset, self.slope = black, (white - black) / 255  # rescaling, mean and deviation, if any
-
-    def pixels(self, image):
-        """The picture as the model is to see it, (S, S, 3) uint8."""
-        raw = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-        return raw["pixel_values"][0].transpose(1, 2, 0)
-
-    def normalise(self, images):
-        """Pixels (..., 3) uint8 -> what the model reads, float32."""
-        return images.astype(jnp.float32) * self.slope + self.offset
-
-    def resized(self, size):
-        settings = self.processor.to_dict()
-        for name in {"size", "crop_size"} & {name for name in settings if settings[name]}:
-            settings[name] = {side: round(n * size / self.size) for side, n in settings[name].items()}
-        return View(type(self.processor)(**settings))
-
-
-def new_view(size, share):
-    """The view of a new model: the central square, `share` of a picture's short side long."""
-    given = dict(size={"shortest_edge": round(size / share)}, crop_size=dict(height=size, width=size))
-    given |= dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD, resample=BILINEAR)
-    return View(BitImageProcessorPil(**given))
-
-
 # ---- pretrained weights in and out ----
 
 
@@ -436,89 +363,51 @@ def checkpoint_names(model):
     """{transformers' name: parameter or statistic}."""
     leaves, names = dict(kernel="weight", scale="weight", mean="running_mean", var="running_var"), {}
     for path, param in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
-        part, *inner, leaf = map(str, path)
-        if part == "stages":
-            part, inner = "resnet.encoder.stages", [inner[0], "layers", *inner[1:]]
-        part = {"embedder": "resnet.embedder.embedder", "classifier": "classifier.1"}.get(part, part)
-        names[".".join([part, *inner, leaves.get(leaf, leaf)])] = param
+        name = ".".join(leaves.get(part, str(part)) for part in path)
+        name = re.sub(r"^stages\.(\d)", r"resnet.encoder.stages.\1.layers", name)
+        name = re.sub("^embedder", "resnet.embedder.embedder", name)
+        names[name.replace("classifier", "classifier.1")] = param
     return names
 
 
-def torchvision_name(name):
-    """resnet.encoder.stages.0.layers.0.layer.1.normalization.bias -> layer1.0.bn2.bias."""
-    *_, kind, leaf = name.split(".")
-    conv = kind == "convolution"
-    if m := re.search(r"stages\.(\d)\.layers\.(\d+)\.(?:layer\.(\d)|shortcut)", name):
-        inner = f"{'conv' if conv else 'bn'}{int(m[3]) + 1}" if m[3] else f"downsample.{0 if conv else 1}"
-        return f"layer{int(m[1]) + 1}.{m[2]}.{inner}.{leaf}"
-    return f"fc.{leaf}" if name.startswith("classifier") else f"{'conv1' if conv else 'bn1'}.{leaf}"
-
-
-def resnet_config(depth, width, stem, classes):
-    """transformers' config of the ResNet of that depth; of its own it knows no stem but ImageNet's."""
-    kind = "bottleneck" if depth >= 50 else "basic"
-    sizes = [width * 2**i * (4 if kind == "bottleneck" else 1) for i in range(4)]
-    given = dict(depths=list(DEPTHS[depth]), hidden_sizes=sizes, layer_type=kind, embedding_size=width)
-    return ResNetConfig(**given, **common.label_names(classes), stem=stem)
-
-
-def read_view(folder, where):
-    """What preprocessor_config.json says; without one, what transformers has by default for a ResNet."""
-    try:
-        if any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
-            return View(AutoImageProcessor.from_pretrained(folder, backend="pil"))
-        return View(ConvNextImageProcessorPil())
-    except Exception as error:  # transformers raises many kinds
-        raise common.UsageError(f"{where}: preprocessor_config.json: {common.in_brief(error)}") from error
-
-
-def from_pretrained(
-    path, *, classes=None, new_head=False, size=None, dropout=0.0, dtype="float32", remat=False, seed=0
-):
-    """The ResNet of a hub id, a folder or a run directory, named as in transformers or as in torchvision.
+def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **options):
+    """The ResNet of a hub id, a folder or a run directory.
 
     Its outputs are put in the order of the names `classes`, or with `new_head` begin anew where these are
-    others. `size` is another side for pictures. Raises UsageError for what is not a ResNet.
+    others. `size` is another side for pictures; `options` are ResNet's. Raises UsageError.
     """
-    where = f"--init-from {path}"
-    config, weights, folder = common.read_pretrained((ResNetConfig,), path)
-    sizes = "depths hidden_sizes embedding_size layer_type out_features out_indices stage_names"
-    common.refuse_others(config, sizes, where)
+    (config, weights, folder), where = common.read_pretrained((ResNetConfig,), path), f"--init-from {path}"
+    followed = "depths hidden_sizes embedding_size layer_type out_features out_indices stage_names"
+    common.refuse_others(config, followed, where)
     stem = getattr(config, "stem", "imagenet")
     expect(stem in ("imagenet", "cifar"), f"{where}: stem is {stem}, only imagenet and cifar are supported")
-    view = read_view(folder, where)
-    view = view.resized(size) if size not in (None, view.size) else view
-    theirs = common.class_names(config) if {"classifier.1.weight", "fc.weight"} & {*weights} else []
+    theirs = common.class_names(config) if "classifier.1.weight" in weights else []
     order = common.match_classes(theirs, classes) if classes else [*range(len(theirs))]
     others = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
     expect(order or (classes and new_head), f"{where}: {others}")
-    if classes:
-        config.update(common.label_names(classes))
-    create = lambda: ResNet(config, view, dropout=dropout, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
-    model = nnx.eval_shape(create) if order else create()
     if not order:
         print(f"head       new: {others}")
-    state = nnx.state(model)
-    for name, param in checkpoint_names(state).items():
-        known = (name, name.removeprefix("resnet."), torchvision_name(name))
-        w = next((weights.pop(n) for n in known if n in weights), None)
-        if name.startswith("classifier") and not order:
-            continue
-        expect(w is not None, f"{where}: {name} is missing, and so is {known[-1]}")
-        w = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T  # PyTorch's are (out, in, H, W) and (out, in)
-        expect(w.shape == param.shape, f"{where}: {name} is {w.shape}, expected {param.shape}")
-        w = w[..., order] if name.startswith("classifier") else w
-        param.set_value(jnp.asarray(w.astype(np.float32)))
-    unused = [name for name in weights if not name.endswith("num_batches_tracked")]
-    expect(not unused, f"{where}: {unused[:1]} has no place in a ResNet")
-    nnx.update(model, state)
+    if classes:
+        config.update(common.label_names(classes))
+    view = read_view(folder, size, where)
+    create = lambda: ResNet(config, view, **options, rngs=nnx.Rngs(seed))
+    model = nnx.eval_shape(create) if order else create()
+
+    names, loaded = checkpoint_names(model), {}
+    for name, w in weights.items():
+        name = name if name.startswith(("resnet.", "classifier.")) else f"resnet.{name}"  # of a bare encoder
+        is_dropped = "num_batches_tracked" in name or (not order and name.startswith("classifier."))
+        if not is_dropped:  # PyTorch's are (out, in, H, W) and (out, in)
+            loaded[name] = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
+    common.load_weights(names, loaded, where, may_lack=() if order else ("classifier.",))
+    if order:
+        for param in (model.classifier.kernel, model.classifier.bias):
+            param.set_value(param[..., np.array(order)])
     return model
 
 
 # transformers has no ResNet with the small stem: these lines, in the exported folder, make one of its own
-CIFAR_CODE = '''"""ResNet with a 3x3 stem and no pool; loaded with trust_remote_code=True."""
-
-from torch import nn
+CIFAR_CODE = """from torch import nn
 from transformers import ResNetForImageClassification
 
 
@@ -528,47 +417,39 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
         stem = self.resnet.embedder
         stem.embedder.convolution = nn.Conv2d(3, config.embedding_size, 3, padding=1, bias=False)
         stem.pooler = nn.Identity()
-'''
+"""
 
 
 def save_pretrained(model, folder):
     """Write config.json, model.safetensors and preprocessor_config.json: what transformers loads."""
-    folder, weights = Path(folder), {}
+    weights, kind = {}, "ResNetForImageClassification"
+    config = ResNetConfig.from_dict(model.config.to_dict())
     for name, param in checkpoint_names(model).items():
         w = common.to_host(param[...])
-        weights[name] = np.ascontiguousarray(w.transpose(3, 2, 0, 1) if w.ndim == 4 else w.T)
+        weights[name] = w.transpose(3, 2, 0, 1) if w.ndim == 4 else w.T
         if name.endswith("running_var"):
             weights[name.replace("running_var", "num_batches_tracked")] = np.array(0)
-    if jax.process_index():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    kind, config = "ResNetForImageClassification", model.config.to_dict() | {"dtype": "float32"}
-    config.pop("auto_map", None)
     if model.stem == "cifar":
-        (folder / "modeling_cifar_resnet.py").write_text(CIFAR_CODE)
         kind = f"Cifar{kind}"
-        config["auto_map"] = {"AutoModelForImageClassification": f"modeling_cifar_resnet.{kind}"}
-    ResNetConfig.from_dict(config | {"architectures": [kind]}).save_pretrained(folder)
-    model.view.processor.save_pretrained(folder)
+        config.auto_map = {"AutoModelForImageClassification": f"modeling_cifar_resnet.{kind}"}
+    common.write_pretrained(folder, weights, config, kind, model.view.processor)
+    if model.stem == "cifar" and jax.process_index() == 0:
+        Path(folder, "modeling_cifar_resnet.py").write_text(CIFAR_CODE)
 
 
-# ---- loss and optimizer ----
+# ---- training ----
 
 
 def make_schedule(cfg):
-    """Linear warm-up, then a cosine that reaches min_lr at `steps`, or with `cooldown` a plateau and a line.
-
-    The second is warmup-stable-decay (arXiv 2405.18392): until it cools down, `steps` makes no difference.
-    """
+    """Linear warm-up, then a cosine to min_lr; with `cooldown` a plateau and a line (arXiv 2405.18392)."""
     steps = max(cfg.steps, 1)
     warm = min(cfg.warmup_steps, steps - 1)
     if cfg.cooldown == 0:
         return optax.warmup_cosine_decay_schedule(cfg.lr / (warm + 1), cfg.lr, warm, steps, cfg.min_lr)
-    fall = max(1, round(cfg.cooldown * steps))
-    parts = [optax.linear_schedule(cfg.lr / (warm + 1), cfg.lr, warm), optax.constant_schedule(cfg.lr)]
-    parts.append(optax.linear_schedule(cfg.lr, cfg.min_lr, fall))
-    return optax.join_schedules(parts, [warm, max(warm, steps - fall)])
+    fall = min(max(1, round(cfg.cooldown * steps)), steps - warm)
+    up, down = (cfg.lr / (warm + 1), cfg.lr, warm), (cfg.lr, cfg.min_lr, fall)
+    parts = optax.linear_schedule(*up), optax.constant_schedule(cfg.lr), optax.linear_schedule(*down)
+    return optax.join_schedules(parts, [warm, steps - fall])
 
 
 def make_optimizer(cfg, schedule):
@@ -580,55 +461,42 @@ def make_optimizer(cfg, schedule):
     return optax.chain(clip, optax.add_decayed_weights(cfg.weight_decay, decayed), sgd)
 
 
-# ---- train and eval step ----
-
-
-def conv_options():
-    """Compiler options of a step on a CPU, where XLA's own weight gradients are faster than YNNPACK's."""
-    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"  # all but convolutions
-    options = {"xla_cpu_experimental_ynn_fusion_type": kinds} if jax.default_backend() == "cpu" else {}
-    with suppress(jax.errors.JaxRuntimeError):  # of a jaxlib that does not know them
-        jax.jit(lambda: 0, compiler_options=options)()
-        return options
-    return {}
-
-
 def make_train_step(graphdef, state, cfg, schedule):
-    """jit: (state, images (B, S, S, 3) uint8, labels (B,), key of this step) -> (state, metrics).
-
-    The state is donated. Batch norm's statistics are those of a microbatch.
-    """
-    accum = common.microbatches(cfg)
+    """jit: (state, images (B, S, S, 3) uint8, labels (B,), key) -> (state, metrics). The state is donated."""
+    shardings, accum = jax.tree.map(lambda x: x.sharding, state), common.microbatches(cfg)
+    options = {}
+    if jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10):
+        # all but convolutions, of which XLA's own gradients are faster than YNNPACK's
+        kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"
+        options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
 
     def loss_fn(params, stats, model_def, images, labels, key):
         model, (mix_key, drop_key) = nnx.merge(model_def, params, stats, copy=True), jax.random.split(key)
         x, targets = model.view.normalise(images), jax.nn.one_hot(labels, model.config.num_labels)
         targets = optax.smooth_labels(targets, cfg.label_smoothing)  # Szegedy et al. 2015
         if cfg.mixup:  # each picture with the one as far from the other end
-            share = jax.random.beta(mix_key, cfg.mixup, cfg.mixup)
-            x, targets = (share * a + (1 - share) * a[::-1] for a in (x, targets))
+            ratio = jax.random.beta(mix_key, cfg.mixup, cfg.mixup)
+            x, targets = (ratio * a + (1 - ratio) * a[::-1] for a in (x, targets))
         nats = optax.softmax_cross_entropy(model(x, train=True, key=drop_key), targets)
         return jnp.mean(nats) / accum, nnx.state(model, nnx.BatchStat)
 
-    shardings = jax.tree.map(lambda x: x.sharding, state), None
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=conv_options())
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     def train_step(state, images, labels, key):
         model, optimizer, average = nnx.merge(graphdef, state)
         model_def, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
         def microbatch(carry, batch):
-            stats, loss, grads = carry
-            (part, stats), found = jax.value_and_grad(loss_fn, has_aux=True)(params, stats, model_def, *batch)
-            return (stats, loss + part, jax.tree.map(jnp.add, grads, found)), None
+            stats, sums = carry
+            (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, stats, model_def, *batch)
+            return (stats, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
-        carry = stats, jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        if accum == 1:
-            (stats, loss, grads), _ = microbatch(carry, (images, labels, key))
+        carry = stats, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        if accum == 1:  # three times as fast on a CPU as a scan of one
+            (stats, (loss, grads)), _ = microbatch(carry, (images, labels, key))
         else:  # every accum-th picture, so that devices keep their own: (accum, B / accum, ...)
             cut = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
-            parts = cut(images), cut(labels), jax.random.split(key, accum)
-            (stats, loss, grads), _ = jax.lax.scan(microbatch, carry, parts)
+            batches = cut(images), cut(labels), jax.random.split(key, accum)
+            (stats, (loss, grads)), _ = jax.lax.scan(microbatch, carry, batches)
         metrics = {"loss": loss, "lr": schedule(optimizer.step[...]), "grad_norm": optax.global_norm(grads)}
         nnx.update(model, stats)
         optimizer.update(model, grads)
@@ -647,37 +515,35 @@ def exported(graphdef, state):
     return average or model
 
 
-def make_eval_step(graphdef, mesh):
-    """jit: (state, images, labels (B,)) -> over the labels that are not -1 the sums of nats, top-1, top-5 and
-    their number; and guesses (B,)."""
+def make_evaluate(graphdef, open_rows, batch_size, mesh):
+    """state -> {val_loss, val_top1, val_top5} over all rows, and [(picture, label, guess)] of 32 of them."""
 
-    def sums(state, images, labels):
-        model, is_real = exported(graphdef, state), labels >= 0
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def eval_step(state, images, labels):
+        model, counts = exported(graphdef, state), labels >= 0
         logits = model(model.view.normalise(images))
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
         hits = best == labels[:, None]
-        return [jnp.sum(x * is_real) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
+        return [jnp.sum(x * counts) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
 
-    return jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def evaluate(state):
+        rows, rng, results, shown = open_rows(), np.random.default_rng(0), [], []
+        while batch := list(islice(rows, batch_size)):
+            shown += zip(rng.random(len(batch)), count(batch_size * len(results)), batch)
+            shown = sorted(shown)[:32]  # an even draw from all rows, the same each time
+            # blank pictures with a label that does not count fill the last batch up
+            blank = {"image": np.zeros_like(batch[0]["image"]), "label": np.int32(-1)}
+            batch += [blank] * (batch_size - len(batch))
+            arrays = [np.stack([row[name] for row in batch]) for name in ("image", "label")]
+            results.append(eval_step(state, *common.shard_batch(mesh, arrays, whole=True)))
+        sums, guesses = zip(*jax.device_get(results))
+        loss, top1, top5, n = np.sum(sums, axis=0, dtype=np.float64).tolist()
+        guesses = np.concatenate(guesses)
+        examples = [(row["image"], row["label"], guesses[i]) for _, i, row in shown]
+        return {"val_loss": loss / n, "val_top1": top1 / n, "val_top5": top5 / n}, examples
 
-
-def evaluate(eval_step, state, rows, batch_size, mesh):
-    """{val_loss, val_top1, val_top5} over all rows, and of some of them [(picture, label, guess)]."""
-    results, shown, n = [], [], 0
-    while batch := list(islice(rows, batch_size)):
-        images, labels = (np.stack([row[name] for row in batch]) for name in ("image", "label"))
-        short = batch_size - len(batch)  # blank pictures without a label fill the last batch up
-        images = np.pad(images, [(0, short), *[(0, 0)] * 3])
-        labels = np.pad(labels, (0, short), constant_values=-1)
-        results.append(eval_step(state, *common.shard_batch(mesh, (images, labels), whole=True)))
-        shown += [(n + i, row) for i, row in enumerate(batch[:8])]
-        shown, n = shown[:: 2 if len(shown) > 256 else 1], n + batch_size
-    sums, guesses = zip(*jax.device_get(results))
-    (loss, top1, top5, n), guesses = np.sum(sums, axis=0, dtype=np.float64), np.concatenate(guesses)
-    result = {"val_loss": float(loss / n), "val_top1": float(top1 / n), "val_top5": float(top5 / n)}
-    some = shown[:: max(1, len(shown) // 32)][:32]
-    return result, [(row["image"], row["label"], guesses[i]) for i, row in some]
+    return evaluate
 
 
 # ---- use ----
@@ -692,9 +558,8 @@ def draw_predictions(path, shown, names):
         axes = figure.add_subplot(4, 8, place)
         axes.imshow(image)
         axes.axis("off")
-        said, true = names[guess][:20], names[label][:20]
-        title, color = (said, "black") if guess == label else (f"{said}\nnot {true}", "red")
-        axes.set_title(title, size=8, color=color, parse_math=False)
+        text = names[guess][:20] + (f"\nnot {names[label][:20]}" if guess != label else "")
+        axes.set_title(text, size=8, color="black" if guess == label else "red", parse_math=False)
     figure.savefig(path, dpi=100)
 
 
@@ -704,13 +569,11 @@ def use(cfg):
     names, classify = common.class_names(model.config), nnx.jit(lambda model, x: jax.nn.softmax(model(x)[0]))
     for name in cfg.predict:
         expect(Path(name).is_file(), f"--predict {name}: no such file")
-        try:
+        with common.blame(f"--predict {name}: not a picture"):
             image = model.view.pixels(open_image(Path(name).read_bytes()))
-        except ValueError as error:
-            raise common.UsageError(f"--predict {name}: not a picture: {error}") from error
-        shares = np.asarray(classify(model, model.view.normalise(image[None])))
-        best = np.argsort(-shares, kind="stable")[:5]
-        print(name, *(f"{shares[i]:8.2%}  {names[i]}" for i in best), sep="\n")
+        p = np.asarray(classify(model, model.view.normalise(image[None])))
+        best = np.argsort(-p, kind="stable")[:5]
+        print(name, *(f"{p[i]:8.2%}  {names[i]}" for i in best), sep="\n")
     return {}
 
 
@@ -719,10 +582,10 @@ def use(cfg):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "image_size", "shuffle_buffer", "width", "device_rows")
+    common.check(cfg, "shuffle_buffer", "width")
+    expect(cfg.image_size is None or cfg.image_size > 0, f"--image-size {cfg.image_size}: must be at least 1")
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
     expect(min(cfg.crop_pad, cfg.mixup) >= 0, "--crop-pad and --mixup: must not be negative")
-    expect(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: must be in [0, 1]")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
     expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
     expect(0 <= cfg.ema < 1, f"--ema {cfg.ema}: must be in [0, 1)")
@@ -731,16 +594,21 @@ def check(cfg):
 
 def build(cfg, classes):
     """The model to start from: that of --init-from, whose sizes it has, or a new one, with these classes."""
-    given = dict(dropout=cfg.dropout, dtype=cfg.dtype, remat=cfg.remat)
+    options = dict(dropout=cfg.dropout, dtype=cfg.dtype, remat=cfg.remat)
     if cfg.init_from:
-        given["seed"] = cfg.seed
-        default = Config(**PRESETS[cfg.preset]).image_size
-        size = None if cfg.image_size == default else cfg.image_size
-        model = from_pretrained(cfg.init_from, classes=classes, size=size, new_head=cfg.steps > 0, **given)
+        options |= dict(classes=classes, new_head=cfg.steps > 0, size=cfg.image_size, seed=cfg.seed)
+        model = from_pretrained(cfg.init_from, **options)
     else:
-        config = resnet_config(cfg.depth, cfg.width, cfg.stem, classes)
-        view = new_view(cfg.image_size, cfg.eval_crop)
-        model = ResNet(config, view, **given, rngs=nnx.Rngs(cfg.seed))  # all in one jit compiles far longer
+        kind, widening = ("basic", 1) if cfg.depth < 50 else ("bottleneck", 4)
+        sizes = dict(layer_type=kind, depths=DEPTHS[cfg.depth], embedding_size=cfg.width)
+        sizes["hidden_sizes"] = [cfg.width * widening * 2**i for i in range(4)]
+        # transformers knows no stem but ImageNet's; ours is a further field
+        config = ResNetConfig(**sizes, **common.label_names(classes), stem=cfg.stem)
+        S = cfg.image_size or 16
+        crop = dict(size={"shortest_edge": round(S / cfg.eval_crop)}, crop_size={"height": S, "width": S})
+        colors = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+        view = View(BitImageProcessorPil(**crop, **colors, resample=BILINEAR))
+        model = ResNet(config, view, **options, rngs=nnx.Rngs(cfg.seed))  # all in one jit compiles far longer
     stride = {"imagenet": 32, "cifar": 8}[model.stem]
     small = f"the {model.stem} stem and the stages divide it by {stride}"
     expect(model.view.size >= stride, f"--image-size {model.view.size}: too small, {small}")
@@ -755,38 +623,34 @@ def main(cfg):
         return use(cfg)
 
     # data: pictures to train and to validate on, and a model for their classes
-    train, val = open_sources(cfg)
-    model, schedule = build(cfg, class_names(cfg, [*train, *(s for s, _ in val)])), make_schedule(cfg)
+    train, val, classes = open_sources(cfg)
+    model, schedule = build(cfg, classes), make_schedule(cfg)
     view, names, S = model.view, common.class_names(model.config), model.view.size
     for source in (*train, *(source for source, _ in val)):
         source.classes = names  # where they are bare numbers, a larger one is a bad record
-    asked = f"--val-data {' '.join(cfg.val_data)}" if cfg.val_data else f"--val-every {cfg.val_every}"
-    expect(next(validation_rows(val, view, cfg.retries), None), f"{asked}: gives no picture to validate on")
+    most = cfg.eval_batches * cfg.batch_size or None
+    val_rows = lambda: islice(validation_rows(val, view, cfg.retries), most)
+    first = next(val_rows(), None)
+    expect(first, f"--val-every {cfg.val_every}: no picture to validate on, nor in --val-data")
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     average = jax.tree.map(jnp.copy, model) if cfg.ema else None  # a running mean of the model
     graphdef, state = nnx.split((model, optimizer, average))
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step, eval_step = make_train_step(graphdef, state, cfg, schedule), make_eval_step(graphdef, mesh)
-    accum = common.microbatches(cfg)
-
-    def validate(state):
-        rows = islice(validation_rows(val, view, cfg.retries), cfg.eval_batches * cfg.batch_size or None)
-        return evaluate(eval_step, state, rows, cfg.batch_size // accum, mesh)
-
+    train_step, accum = make_train_step(graphdef, state, cfg, schedule), common.microbatches(cfg)
+    evaluate = make_evaluate(graphdef, val_rows, cfg.batch_size // accum, mesh)
     data, val_name = " ".join((*cfg.data, *cfg.data_name)), " ".join(cfg.val_data or cfg.data)
     if not cfg.steps:
-        result, _ = validate(state)
+        result, _ = evaluate(state)
         print(*(f"{name} {value:.4f}" for name, value in result.items()), f"on {val_name}")
         return result
 
     # the run directory, its newest checkpoint, and the stream from where that was
-    unchanged = common.unchanged(cfg, train) | {"classes": names}
-    run = common.Run("resnet", cfg, unchanged, FREE.split(), lambda folder: None)
+    run = common.Run("resnet", cfg, train, {"classes": names}, FREE)
     state = run.restore(state)
-    share = max(share for _, share in val)  # what is held out of one source is not trained on in another
-    crop = partial(decode, partial(training_crop, cfg, S), share, False, cfg.retries)
+    one_in = max(one_in for _, one_in in val)  # what is held out of one source is not trained on in another
+    crop = partial(decode, partial(training_crop, cfg, S), one_in, False, cfg.retries)
     batches = common.open_batches(cfg, train, make_rows, run, crop)
 
     N, flops = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))), 0
@@ -796,7 +660,6 @@ def main(cfg):
     print(f"model      ResNet, {N / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
     print(f"data       {data}, {len(names)} classes, validation on {val_name}")
     print(f"step       {cfg.batch_size} pictures of {S} x {S}, {accum} microbatches, SGD")
-    print(f"run        {run.dir}, from step {run.step} to {cfg.steps}", flush=True)
     del model, optimizer, average  # with --fsdp, or the first device would keep it whole
 
     # a window of pictures comes in a burst: up to 2 GB of them wait for the device
@@ -808,7 +671,7 @@ def main(cfg):
             run.log(state, metrics)
             if run.due(cfg.eval_every):
                 with run.pause():
-                    result, shown = validate(state)
+                    result, shown = evaluate(state)
                     if run.leads:
                         draw_predictions(run.dir / "predictions.png", shown, names)
                 run.flush(result)
