@@ -6,7 +6,7 @@
     python bert_mlm.py --preset classify --data reviews.csv --init-from bert-base-uncased    # fine-tune
 
 Documents are tokenised as they arrive, joined by [SEP] and packed into rows [CLS] ... [SEP] without padding.
-Masks are drawn on the device, the same number in every row: the head works on these positions alone. A run
+Masks are drawn on the device, at most M in every row: the head works on these positions alone. A run
 killed at any moment goes on with --resume, bit for bit. It ends as a Hugging Face model folder.
 
 Measured on two CPU cores: the first command guesses 37.7 % of the masked held-out tokens, at a loss of 3.27.
@@ -133,7 +133,7 @@ def frame(tokenizer, rows, length):
 def pack(tokenizer, held_out, length, records, rng):
     """Rows {"tokens": (length,) int32} of the documents {"text": list} but for those held out, shuffled.
 
-    They are joined, and cut from a random start: nothing is padded. Fewer than 2 length tokens are given up.
+    They are joined and cut from a random start, without padding; less than a row is lost at either end.
     """
     texts = [text for text in records["text"] if text not in held_out]
     tokens = np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts, [tokenizer.sep_token_id])])
@@ -158,8 +158,8 @@ def mask_tokens(key, tokens, tokenizer, *, share=0.15):
     """Hide some of tokens (B, T) -> dict(tokens (B, T), and (B, M): positions, targets, weights).
 
     Of n tokens in a row that are not special exactly max(1, round(share n)) are to be predicted: 80 % become
-    the mask, 10 % any ordinary token, 10 % stay (Devlin et al. 2018). M is that number for n = T; what a row
-    does not need of its M weighs 0.
+    the mask, 10 % any ordinary token, 10 % stay (Devlin et al. 2018). M is enough for n = T; where a row
+    needs fewer, the rest of its M places weigh 0.
     """
     (B, T), n = tokens.shape, np.arange(tokens.shape[1] + 1)
     quotas = np.maximum(np.floor(share * n + 0.5), n > 0).astype(np.int32)
@@ -350,13 +350,13 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
     if classes:
         theirs = common.class_names(config)
         order = common.match_classes(theirs, classes)
-        if order:
-            weights |= {name: weights[name][..., order] for name in classifier}
-        elif classifier:
-            why = f"its classes are {', '.join(theirs)}, and the data's {', '.join(classes)}"
+        if order is None and classifier:
+            why = f"its classes are {', '.join(theirs)[:60]}, and the data's {', '.join(classes)[:60]}"
             weights = {name: w for name, w in weights.items() if name not in classifier}
-        if order and all(map(str.isdecimal, classes)):  # the data do not name theirs
-            classes = [theirs[i] for i in order]
+        if order and classifier:
+            weights |= {name: weights[name][..., order] for name in classifier}
+            if all(map(str.isdecimal, classes)):  # the data do not name theirs
+                classes = [theirs[i] for i in order]
         config.update(common.label_names(classes))
     create = lambda: BERT(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed or 0))
     model = nnx.eval_shape(create) if seed is None else nnx.jit(create)()
@@ -387,7 +387,7 @@ def save_pretrained(model, folder, tokenizer=None):
 
 
 def loss_sum(model, batch, key=None):
-    """Sums by weight over the targets: tokens at `positions` (B, M), or classes (B,) where there are none."""
+    """Weighted sums {nats, hits, count} over targets: tokens at positions (B, M), else classes (B,)."""
     keys = (None, None) if key is None else jax.random.split(key)
     hidden = model(batch["tokens"], batch.get("lengths"), key=keys[0])  # without lengths nothing is padding
     if "positions" in batch:
@@ -465,7 +465,7 @@ def make_train_step(graphdef, state, cfg, schedule, mask):
 
 
 def make_evaluate(graphdef, rows, batch_size, mesh):
-    """A function state -> {"val_loss", "val_acc"}, means over the targets of the rows {name: (N, ...)}."""
+    """state -> {"val_loss", "val_acc"}, means over the targets of the rows {name: (N, ...)}."""
     n = len(rows["tokens"])
     rows = {name: np.resize(x, (n + -n % batch_size, *x.shape[1:])) for name, x in rows.items()}
     rows["weights"][n:] = 0  # of the rows that fill up the last batch
@@ -520,16 +520,16 @@ def embed_options(cfg):
     settings = read("sentence_bert_config.json") | read("config_sentence_transformers.json")
     settings |= read(f"{modules[1]['path']}/config.json")
 
-    modes = [name for name, value in settings.items() if value is True and name.startswith("pooling_mode_")]
-    mode = "+".join(re.sub("pooling_mode_|_tokens?$", "", name) for name in modes) or "mean"
-    mode = cfg.pooling or settings.get("pooling_mode") or mode
+    flags = [name for name, value in settings.items() if value is True and name.startswith("pooling_mode_")]
+    flagged = "+".join(re.sub("pooling_mode_|_tokens?$", "", name) for name in flags)
+    mode = cfg.pooling or settings.get("pooling_mode") or flagged or "mean"
     expect(mode in ("mean", "cls"), f"{where}: pooling is {mode}, only mean or cls; see --pooling")
     prompts = settings.get("prompts") or {}
     prompt = prompts.get(settings.get("default_prompt_name")) or ""
     followed = "max_seq_length do_lower_case prompts default_prompt_name include_prompt similarity_fn_name "
     followed += "word_embedding_dimension embedding_dimension pooling_mode transformer_task modality_config "
     followed += "module_output_name model_type __version__"
-    others = [name for name in settings if settings[name] and name not in [*followed.split(), *modes]]
+    others = [name for name in settings if settings[name] and name not in [*followed.split(), *flags]]
     others += ["include_prompt"] if prompt and not settings.get("include_prompt", True) else []
     if cfg.mteb:
         others += ["prompts"] if any(prompts.values()) else []
@@ -566,17 +566,18 @@ def check(cfg):
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
     expect(cfg.seq_len > 2, f"--seq-len {cfg.seq_len}: must hold [CLS], [SEP] and a token")
     expect(0 < cfg.mask_share < 1, f"--mask-share {cfg.mask_share}: must be in (0, 1)")
-    trains = cfg.init_from and (cfg.tokenizer or "").startswith("bpe:")
-    expect(not trains, f"--tokenizer {cfg.tokenizer}: is trained anew, and --init-from knows its own")
-    trains_only = not (cfg.prompt or cfg.embed or cfg.mteb)
-    expect(trains_only or not cfg.steps, "--prompt, --embed and --mteb: need a finished model and --steps 0")
+    is_bpe = (cfg.tokenizer or "").startswith("bpe:")
+    expect(not (is_bpe and cfg.init_from), "--tokenizer bpe:N: is trained anew; --init-from knows its own")
+    uses = cfg.prompt or cfg.embed or cfg.mteb
+    expect(not (uses and cfg.steps), "--prompt, --embed and --mteb: need a finished model and --steps 0")
 
 
 def use(cfg):
     """What --prompt, --embed and --mteb ask of the model in --init-from -> {task of mteb: main score}."""
     if cfg.embed:
         out = Path(cfg.embed).with_suffix(".npy")
-        expect(Path(cfg.embed).is_file(), f"--embed {cfg.embed}: no such file")
+        is_text = Path(cfg.embed).is_file() and out != Path(cfg.embed)
+        expect(is_text, f"--embed {cfg.embed}: no such text file")
         expect(cfg.overwrite or not out.exists(), f"--embed: {out} exists; --overwrite to replace it")
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
     model = build(cfg, tokenizer, "mlm" if cfg.prompt else None)
@@ -637,14 +638,14 @@ def prepare(cfg, sources, roles, tokenizer_name):
     (held_out, documents), T = common.hold_out_texts(cfg, sources, roles), cfg.seq_len
     if cfg.task == "mlm":
         tokenizer = load_tokenizer(tokenizer_name, documents)
-        mask = partial(mask_tokens, tokenizer=tokenizer, share=cfg.mask_share)
+        hide = partial(mask_tokens, tokenizer=tokenizer, share=cfg.mask_share)
         tokens = np.concatenate(encode(tokenizer, held_out, [tokenizer.sep_token_id]))[:-1]
         tokens, lengths = frame(tokenizer, [tokens[i : i + T - 2] for i in range(0, len(tokens), T - 2)], T)
-        val_rows = jax.device_get(jax.jit(mask)(jax.random.key(1), tokens)) | dict(lengths=lengths)
+        val_rows = jax.device_get(jax.jit(hide)(jax.random.key(1), tokens)) | dict(lengths=lengths)
         make_rows = partial(pack, tokenizer, {*held_out}, T)
-        return tokenizer, make_rows, val_rows, lambda key, batch: mask(key, batch["tokens"])
+        return tokenizer, make_rows, val_rows, lambda key, batch: hide(key, batch["tokens"])
     texts, labels = zip(*held_out)
-    expect(len({*labels}) > 1 or not cfg.steps, f"--val-docs: all are of class {labels[0]}; shuffle the data")
+    expect(len({*labels}) > 1 or not cfg.steps, f"--val-docs: all are of class {labels[0]}; give --val-data")
     if not sources[0].classes:  # 0, 1, ... up to the largest seen; a label beyond them is a bad record
         documents = [*documents]
         n = 1 + max(label for _, label in [*held_out, *documents])
@@ -685,7 +686,7 @@ def main(cfg):
         return result
 
     # the run directory, its newest checkpoint, and the stream from where that was
-    unchanged = {"validation texts": common.digest(val_rows["tokens"].tolist())}
+    unchanged = {"validation rows": common.digest({name: x.tolist() for name, x in val_rows.items()})}
     unchanged["tokenizer"] = common.digest(tokenizer.backend_tokenizer.to_str())
     run = common.Run("bert", cfg, sources, unchanged, FREE, [tokenizer, config])
     state = run.restore(state)

@@ -915,7 +915,8 @@ class Run:
         config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
         digests = gather(digest([config | dict(coordinator=None, process_id=None), data]))
         expect(len({*digests}) == 1, "the processes have other flags or see other data")
-        self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
+        with blame(f"--out-dir {cfg.out_dir or 'out'}"):
+            self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if cfg.resume:
             self.check_unchanged(config, data, {*RunConfig.__dataclass_fields__, *free.split()})
@@ -951,8 +952,7 @@ class Run:
             shutil.rmtree(path / "ckpt", ignore_errors=True)
             for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
                 (path / name).unlink(missing_ok=True)
-        with blame(where):
-            path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
     def check_unchanged(self, config, data, free):
@@ -1006,17 +1006,14 @@ class Run:
 
         `batches` are made up to `depth` ahead. A step is `per_step` `unit`s (tokens, images) of `flops` each.
         """
-        self.batches, self.unit, self.per_step = (
-            ahead(batches, depth, lambda: self.stopped_by),
-            unit,
-            per_step,
-        )
+        self.batches = ahead(batches, depth, lambda: self.stopped_by)
+        self.unit, self.per_step = unit, per_step
         device = jax.devices()[0].device_kind
         peak = next((f for name, f in PEAK_FLOPS.items() if re.search(rf"{name}\b", device)), math.inf)
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
         print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}", flush=True)
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
-        self.waited, self.paused = 0.0, time.perf_counter()
+        self.waited, self.began = 0.0, time.perf_counter()  # the latter is moved on by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
         if self.wandb and self.leads:
@@ -1059,10 +1056,11 @@ class Run:
         """(number of the step from 0, batch) until cfg.steps or a signal; the loop calls `log` in each."""
         while self.step < self.cfg.steps:
             start = time.perf_counter()
-            batch, self.position = next(self.batches, (None, None))
+            item = next(self.batches, None)
             self.waited += time.perf_counter() - start
-            if batch is None:
+            if item is None:  # a signal came
                 return
+            batch, self.position = item
             yield self.step, batch
             if self.due(self.cfg.ckpt_every):
                 self.save()
@@ -1101,8 +1099,8 @@ class Run:
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the last good checkpoint is {self.saved}; {advice}")
         step, metrics, bad = fetched[-1]
-        self.marks.append(np.array([step, time.perf_counter() - self.paused, self.waited]))
-        steps, seconds, waited = self.marks[-1] - self.marks[-2]
+        self.marks.append(np.array([step, time.perf_counter() - self.began, self.waited]))
+        steps, seconds, waited = (self.marks[-1] - self.marks[-2]).tolist()
         rate, wait = steps * self.per_step / seconds, waited / seconds
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
         line |= {self.unit: step * self.per_step, f"{self.unit}_per_s": rate, "mfu": self.mfu(rate)}
@@ -1127,7 +1125,7 @@ class Run:
         jax.block_until_ready(self.pending)
         start = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - start
+        self.began += time.perf_counter() - start
 
     def say(self, text):
         tqdm.write(text)
@@ -1168,7 +1166,7 @@ class Run:
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
         parts = []
         if len(self.marks) > 2:  # without the first line's steps, of which one compiled
-            steps, seconds, waited = self.marks[-1] - self.marks[1]
+            steps, seconds, waited = (self.marks[-1] - self.marks[1]).tolist()
             rate = steps * self.per_step / seconds
             parts += [f"{rate:,.0f} {self.unit}/s", f"{seconds / steps * 1000:.0f} ms a step"]
             parts += [f"mfu {self.mfu(rate):.1%}"] if self.mfu(rate) else []

@@ -126,7 +126,7 @@ def join(tokenizer, texts):
 def pack(tokenizer, held_out, length, records, rng):
     """Rows {"tokens": (length,) int32} of the documents {"text": list} but for those held out, shuffled.
 
-    They are joined, and cut from a random start: nothing is padded. Fewer than 2 length tokens are given up.
+    They are joined and cut from a random start, without padding; less than a row is lost at either end.
     """
     tokens = join(tokenizer, [text for text in records["text"] if text not in held_out])
     start = rng.integers(min(length, max(len(tokens) - length, 0) + 1))
@@ -486,8 +486,8 @@ def check(cfg):
     expect(cfg.top_k is None or cfg.top_k > 0, f"--top-k {cfg.top_k}: must be at least 1")
     expect(cfg.top_p is None or 0 < cfg.top_p <= 1, f"--top-p {cfg.top_p}: must be in (0, 1]")
     expect(all(cfg.prompt), "--prompt: is empty; give some text to go on from")
-    trains = cfg.init_from and (cfg.tokenizer or "").startswith("bpe:")
-    expect(not trains, f"--tokenizer {cfg.tokenizer}: is trained anew, and --init-from knows its own")
+    is_bpe = (cfg.tokenizer or "").startswith("bpe:")
+    expect(not (is_bpe and cfg.init_from), "--tokenizer bpe:N: is trained anew; --init-from knows its own")
 
 
 def build(cfg, tokenizer):

@@ -79,7 +79,7 @@ class Config(common.RunConfig):
     lr: float = 0.1  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end, after half a cosine
     cooldown: float = 0.0  # share of the steps in which a constant rate falls in a line; 0 is the cosine
-    warmup_steps: int = 50  # linear, from nothing to lr
+    warmup_steps: int = 50  # linear, up to lr
     momentum: float = 0.9  # of SGD, Nesterov's: share of the last update in the next
     weight_decay: float = 5e-4  # on convolutions and the head, not on norms and biases
     label_smoothing: float = 0.1  # share of the target spread over all classes
@@ -105,14 +105,14 @@ PRESETS = {"digits": {}, "cifar10": CIFAR, "imagenet": IMAGENET}
 
 # these may change when a run goes on, beside those of RunConfig
 FREE = "steps device_rows accum lr min_lr cooldown warmup_steps momentum weight_decay label_smoothing mixup"
-FREE += " grad_clip dropout remat eval_batches predict"
+FREE += " grad_clip dropout remat eval_batches"
 
 
 # ---- data ----
 
 
 def open_sources(cfg):
-    """Sources to train on, [(source, one_in)] to validate on, one picture in so many, and classes or []."""
+    """(sources to train on, [(source, one_in)] to validate on as in decode, names of the classes or [])."""
     roles, n = {"image": cfg.image_column, "label": cfg.label_column}, cfg.num_classes
     train = common.open_data(cfg, roles)
     held, one_in, names = train, cfg.val_every, train[0].classes
@@ -120,7 +120,7 @@ def open_sources(cfg):
         held, one_in = common.open_data(cfg, roles, cfg.val_data, "--val-data"), 1
     for source in (*train, *held):
         same = source.classes == names
-        expect(same, f"--data: its sources have other classes: {brief(names)}; {brief(source.classes)}")
+        expect(same, f"--data, --val-data: have other classes: {brief(names)}; {brief(source.classes)}")
     known = names or n or cfg.init_from
     expect(known, f"--num-classes: is needed, for {cfg.data[0]} does not name its classes")
     expect(not names or n in (None, len(names)), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
@@ -129,7 +129,7 @@ def open_sources(cfg):
 
 
 def brief(names):
-    return f"{len(names)}, {', '.join(names)[:60]}" if names else "none"
+    return f"{len(names)} ({', '.join(names)[:60]})" if names else "none"
 
 
 def open_image(data, at_least=1 << 16):
@@ -181,7 +181,7 @@ def make_rows(records, rng):
 def decode(crop, one_in, held_out, retries, row):
     """{"image": crop(bytes, key) (S, S, 3) uint8, "label": int32} of a row of make_rows; or the ValueError.
 
-    One picture in `one_in` is `held_out`, by its bytes, wherever it recurs; None of one of the other kind.
+    A checksum of its bytes says whether a picture is held out, one in `one_in`; the other kind gives None.
     """
     try:
         data = common.read_file(row["image"], retries)
@@ -325,7 +325,7 @@ class ResNet(nnx.Module):
 
     `config`: a transformers.ResNetConfig, and in it `stem`, "imagenet" where there is none. `dtype`: of the
     computation; parameters are float32. model(images (B, H, W, 3), normalised) -> logits (B, classes).
-    `train` takes batch norm's statistics from the batch and keeps them; dropout only with a key too.
+    `train` takes batch norm's statistics from the batch and keeps them. Dropout only where a key is given.
     """
 
     def __init__(self, config, view, *, dropout=0.0, dtype="float32", remat=False, rngs):
@@ -388,7 +388,8 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     if not order:
         print(f"head       new: {others}")
     if classes:
-        config.update(common.label_names(classes))
+        keeps = order and all(map(str.isdecimal, classes))  # the data do not name theirs
+        config.update(common.label_names([theirs[i] for i in order] if keeps else classes))
     view = read_view(folder, size, where)
     create = lambda: ResNet(config, view, **options, rngs=nnx.Rngs(seed))
     model = nnx.eval_shape(create) if order else create()
@@ -474,7 +475,7 @@ def make_train_step(graphdef, state, cfg, schedule):
         model, (mix_key, drop_key) = nnx.merge(model_def, params, stats, copy=True), jax.random.split(key)
         x, targets = model.view.normalise(images), jax.nn.one_hot(labels, model.config.num_labels)
         targets = optax.smooth_labels(targets, cfg.label_smoothing)  # Szegedy et al. 2015
-        if cfg.mixup:  # each picture with the one as far from the other end
+        if cfg.mixup:  # the first picture with the last, and so on
             ratio = jax.random.beta(mix_key, cfg.mixup, cfg.mixup)
             x, targets = (ratio * a + (1 - ratio) * a[::-1] for a in (x, targets))
         nats = optax.softmax_cross_entropy(model(x, train=True, key=drop_key), targets)
@@ -520,12 +521,12 @@ def make_evaluate(graphdef, open_rows, batch_size, mesh):
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def eval_step(state, images, labels):
-        model, counts = exported(graphdef, state), labels >= 0
+        model, is_real = exported(graphdef, state), labels >= 0
         logits = model(model.view.normalise(images))
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]  # (B, 5)
         hits = best == labels[:, None]
-        return [jnp.sum(x * counts) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
+        return [jnp.sum(x * is_real) for x in (nats, hits[:, 0], hits.any(axis=1), 1)], best[:, 0]
 
     def evaluate(state):
         rows, rng, results, shown = open_rows(), np.random.default_rng(0), [], []
@@ -585,7 +586,8 @@ def check(cfg):
     common.check(cfg, "shuffle_buffer", "width")
     expect(cfg.image_size is None or cfg.image_size > 0, f"--image-size {cfg.image_size}: must be at least 1")
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
-    expect(min(cfg.crop_pad, cfg.mixup) >= 0, "--crop-pad and --mixup: must not be negative")
+    least = min(cfg.crop_pad, cfg.mixup, cfg.eval_batches, cfg.num_classes or 0)
+    expect(least >= 0, "--crop-pad, --mixup, --eval-batches and --num-classes: must not be negative")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
     expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
     expect(0 <= cfg.ema < 1, f"--ema {cfg.ema}: must be in [0, 1)")
@@ -609,9 +611,8 @@ def build(cfg, classes):
         colors = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
         view = View(BitImageProcessorPil(**crop, **colors, resample=BILINEAR))
         model = ResNet(config, view, **options, rngs=nnx.Rngs(cfg.seed))  # all in one jit compiles far longer
-    stride = {"imagenet": 32, "cifar": 8}[model.stem]
-    small = f"the {model.stem} stem and the stages divide it by {stride}"
-    expect(model.view.size >= stride, f"--image-size {model.view.size}: too small, {small}")
+    least = {"imagenet": 32, "cifar": 8}[model.stem]  # the stem and the stages divide it by so much
+    expect(model.view.size >= least, f"--image-size {model.view.size}: too small, at least {least}")
     return model
 
 

@@ -470,7 +470,7 @@ def test_window_of_twenty_row_groups_mixes_nearly_as_well_as_a_permutation_of_al
     spread = lambda rows: np.std(np.mean(np.reshape(rows, (-1, 32)), axis=1))
     ideal = np.mean([spread(rng.permutation(8000)) for _ in range(4)])
     shuffled = [epoch(seed, 400) for seed in range(4)]
-    assert np.mean([*map(spread, shuffled)]) < 1.8 * ideal
+    assert np.mean([*map(spread, shuffled)]) < 1.8 * ideal and shuffled[0] != shuffled[1]
     assert spread(epoch(0, 1)) > 4 * ideal, "without a window it would be the order of the row groups"
     assert np.mean(np.diff(np.array(shuffled[0]) // 20) == 0) < 0.1, "of one row group: 1/20 within a window"
 
@@ -519,13 +519,14 @@ def test_bad_records_are_skipped_logged_counted_and_stop_the_stream_where_they_a
     rows = [x for batch, _ in found for x in batch["ids"].tolist()]
     assert sorted(rows[:200]) == [*range(200)] == sorted(rows[200:]), "the good ones, once an epoch"
     assert counts[49] == 3 and counts[99] == 6 and len({*counts}) > 4, "the count does not run ahead"
-    assert [p["bad_records"] for _, p in islice(stream(found[30][1], 31), 69)] == counts[31:]
+    for n in (1, 31):  # the first is inside a window with a bad record
+        assert [p["bad_records"] for _, p in islice(stream(found[n - 1][1], n), 100 - n)] == counts[n:]
     said = capfd.readouterr().err
     for i, why in ((7, "not a JSON object"), (27, "text is 5"), (47, "Unterminated string")):
         assert f"data: skipped record {i} of epoch 0: {why}" in said and f"record {i} of epoch 1" in said
 
-    few, many = (jsonl([5 if i % share == 0 else "7" for i in range(20_000)]) for share in (120, 90))
-    write({"few.jsonl": few, "many.jsonl": many})
+    for name, share in (("few.jsonl", 120), ("many.jsonl", 90)):
+        write({name: jsonl([5 if i % share == 0 else "7" for i in range(20_000)])})
     few, many = (open_train(name)[0].stream(to_ids, 1000, 0) for name in ("few.jsonl", "many.jsonl"))
     assert len([*islice(few, 40_000)]) == 40_000
     with pytest.raises(common.RunError, match=r"of .* records of the data are bad; the last one is"):
@@ -1005,7 +1006,7 @@ def test_resnet_mixup_and_running_mean_of_the_weights():
     same = np.concatenate([images[:4], images[3::-1]]), np.array([0, 1, 2, 3, 3, 2, 1, 0])
     assert one_step(*same, mixup=0.4)[2] == pytest.approx(one_step(*same)[2], rel=1e-5)
     found = [one_step(images, labels, seed, mixup=0.4)[2] for seed in (1, 1, 2)]
-    assert found[0] == found[1] != found[2] and found[0] != loss
+    assert found[0] == found[1] and min(abs(found[0] - other) for other in (found[2], loss)) > 1e-3
 
 
 @pytest.mark.parametrize("share", [0.15, 0.3])
@@ -1344,7 +1345,7 @@ def test_resnet_labels_are_names(capsys):
     # other names of the same number: a new head, and in evaluation an error
     write_folder("others", 6, ("cat", "dog"))
     use = partial(use, data=("others",), val_every=2)
-    with pytest.raises(common.UsageError, match="2, light, dark; those of the data are 2, cat, dog"):
+    with pytest.raises(common.UsageError, match=r"2 \(light, dark\); those of the data are 2 \(cat"):
         use(steps=0)
     use(steps=1, lr=0.0, out_dir="other")
     new = resnet_stream.from_pretrained("other")
@@ -1353,7 +1354,6 @@ def test_resnet_labels_are_names(capsys):
     # numbers are as they stand, and so are ImageNet's 1,000, two of which models know by one name
     match, names = common.match_classes, [f"class {i}" for i in range(1000)]
     assert match(["LABEL_0", "LABEL_1"], ["b", "a"]) == match(["x", "y"], ["0", "1"]) == [0, 1]
-    assert match([str(i) for i in range(11)], sorted(str(i) for i in range(11)))[2] == 10
     assert match([*names[:999], names[0]], names) == [*range(1000)]
     assert match(names[:10], [*names[:9], "x"]) is None and match(["a", "b"], ["a", "b", "c"]) is None
 
@@ -1443,8 +1443,6 @@ def test_run_leaves_metrics_curves_checkpoints_and_a_model_folder(script, monkey
     assert [*Path("out").iterdir()] == [folder], "evaluating makes no run"
     tuned = train(script, **again | dict(steps=2, lr=1e-4, out_dir="tuned"))
     assert tuned["val_loss"] < found[7]["val_loss"], "it starts where the other ended"
-    train(script, **more, seed=1, steps=1, out_dir="other")
-    assert lines("other")[0]["loss"] != found[0]["loss"]
     if torch is None:
         pytest.skip("compares with PyTorch")
     IN_PYTORCH[script](folder, last)
@@ -1456,10 +1454,10 @@ def test_run_stopped_before_its_cooldown_and_extended_equals_the_long_run(typed,
     kill_after(25, gpt_train, "out/gpt-001", *flags(**args | dict(steps=60)))
     with monkeypatch.context() as patch:
         log = common.Run.log
-        stop = lambda run, *args: log(run, *args) or (run.step == 40 and signal.raise_signal(signal.SIGTERM))
+        stop = lambda run, *args: log(run, *args) or (run.step == 43 and signal.raise_signal(signal.SIGTERM))
         patch.setattr(common.Run, "log", stop)
         code, out, err = typed(gpt_train, "--resume")  # the newest run is found
-    assert code == 143 and "saved at step 40; go on with --resume --out-dir out/gpt-001" in out, err
+    assert code == 143 and "saved at step 43; go on with --resume --out-dir out/gpt-001" in out, err
     code, _, err = typed(gpt_train, "--resume", steps=100)
     assert code == 0, err
     found, wanted = lines("out/gpt-001"), lines("long")
@@ -1503,10 +1501,7 @@ def test_run_directory_is_never_taken_over_and_a_resume_changes_no_meaning(typed
     code, _, err = typed(gpt_train, *resume, steps=5, grad_clip=0, ckpt_every=1, eval_every=5)
     assert code == 0, err
     assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5] and lines("a")[:2] == before[:2]
-    before, info = lines("a"), Path("a/run.json").read_text()
-    write({"a/run.json": info.replace('"processes": 1', '"processes": 4')})
-    refused("'processes': 4", *resume)
-    write({"a/run.json": info})
+    before = lines("a")
     shutil.rmtree("a/ckpt")
     refused("a was trained, and its checkpoints are gone", *resume)
     assert typed(gpt_train, *args, "--overwrite")[0] == 0 and lines("a")[:2] == before[:2]
@@ -1751,6 +1746,7 @@ SOON = f"--data {JSON} --val-docs 1 --tokenizer byte"  # other data take longer
 BAD = {}  # script: {arguments after --steps 1: what is said}
 BAD[gpt_train] = {
     "--preset gpt3": "gpt3",
+    "--step 3": "--steps",
     "--n-embd 100 --n-head 3": "--n-embd 100: must be divisible by --n-head 3",
     "--data no/such.txt": "--data no/such.txt: no such file",
     "--data a.doc": "--data a.doc: no data in it; expected .parquet",
@@ -1766,10 +1762,12 @@ BAD[gpt_train] = {
     "--init-from ./nowhere": "./nowhere: no such folder, and not a hub id",
     "--init-from mixed --tokenizer byte": "--init-from mixed: no config.json in it",
     "--init-from model --seq-len 32": "no fast tokenizer in it (tokenizer.json)",
+    f"{SOON} --init-from model": "ids up to 256, and model knows 199",
     "--init-from broken --tokenizer byte": "--init-from broken: ",
     f"{SOON} --batch-size 10 --accum 4": "--batch-size 10: must be a multiple of 4 (--accum 4 x 1 devices)",
     f"{SOON} --seq-len 8 --prompt 'a long one'": "--prompt: 10 tokens",
     "--steps 0": "--steps 0: trains nothing; name a finished model with --init-from",
+    "--resume": "--resume: out holds no run",
     f"{SOON} --out-dir model": "--out-dir model: not empty and not a run",
     "--coordinator host --num-processes 2 --process-id 0": "needs HOST:PORT",
 }
@@ -1782,10 +1780,10 @@ BAD[bert_mlm] = {
     "--task classify --data one.csv --val-docs 5": "all are of class 1",
 }
 BAD[resnet_stream] = {
-    "--stem imagenet": "--image-size 16: too small, the imagenet stem",
+    "--stem imagenet": "--image-size 16: too small, at least 32",
     "--data rows.jsonl": "cannot tell the image column, one of id, title",
     "--data flat": "its pictures are in no class folders; expected CLASS/",
-    "--data ab ac": "--data: its sources have other classes: 2, a, b; 2, a, c",
+    "--data ab ac": "have other classes: 2 (a, b); 2 (a, c)",
     "--data ab --val-every 9999999": "--val-every 9999999: ",
     "--steps 0 --init-from model --predict no.jpg": "no.jpg: no such file",
     "--init-from gpt": "--init-from gpt: a gpt2 model, expected resnet",
@@ -1832,5 +1830,5 @@ def test_bad_input_is_one_line_and_exit_code_2(script, case, bad_inputs, typed, 
     before = sorted(Path(".").rglob("*"))
     code, _, err = typed(script, "--steps", "1", *shlex.split(case))
     assert code == 2 and BAD[script][case] in err, err
-    assert len(err.strip().splitlines()) == 1 or case == "--preset gpt3", "tyro draws a box"
+    assert len(err.strip().splitlines()) == 1 or case in ("--preset gpt3", "--step 3"), "tyro's box"
     assert sorted(Path(".").rglob("*")) == before, "nothing is written before all is found good"
