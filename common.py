@@ -144,16 +144,21 @@ def cli(Config, presets, main, doc):
             ours = {*defaults} <= {*Config.__dataclass_fields__}
             expect(ours, f"--resume: {folder} is no run of {script}.py")
             defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
+        if "--prompt" in given:  # it adds to the default, which on a resume is the run's
+            defaults.pop("prompt", None)
         cfg = tyro.cli(Config, default=Config(**defaults), prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
         code = 0
     except (UsageError, RunError, ModuleNotFoundError) as error:
-        lacks = f"needs `pip install {error.name}`" if isinstance(error, ModuleNotFoundError) else error
+        package = {"sklearn": "scikit-learn"}.get(getattr(error, "name", ""), getattr(error, "name", ""))
+        lacks = f"needs `pip install {package}`" if isinstance(error, ModuleNotFoundError) else error
         print(f"{script}.py: {' '.join(str(lacks).split())}", file=sys.stderr)
         code = 1 if isinstance(error, RunError) else 2
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:  # before training, which saves
+        code = 130
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -681,7 +686,7 @@ def open_batches(cfg, sources, make_rows, run, decode=None):
 
 
 def ahead(items, depth, stopped=lambda: False):
-    """What a generator yields, made up to `depth` items ahead by a thread, until `stopped()`.
+    """What an endless generator yields, made up to `depth` ahead by a thread, until `stopped()`.
 
     Its exceptions are raised where it is read.
     """
@@ -1172,8 +1177,8 @@ class Run:
             parts += [f"mfu {self.mfu(rate):.1%}"] if self.mfu(rate) else []
             parts += [f"data wait {waited / seconds:.2%}"]
         with suppress(OSError):  # Linux alone has it
-            peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            parts.append(f"peak memory {int(peak[1]) / 1e6:.2f} GB")
+            if peak := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+                parts.append(f"peak memory {int(peak[1]) / 1e6:.2f} GB")
         if stats := jax.local_devices()[0].memory_stats():
             parts.append(f"of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB")
         print(", ".join([*parts, f"{time.perf_counter() - STARTED:.0f} s in all"]))
