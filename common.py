@@ -117,10 +117,7 @@ class RunConfig:
 
 
 def cli(Config, presets, main, doc):
-    """Make a Config of the command line and run `main` with it.
-
-    Defaults come from Config, then from --preset, or with --resume from the run.json of that run.
-    """
+    """Make a Config of the command line and run `main` with it."""
     script, code = Path(sys.argv[0]).stem, 1
     for library in ("datasets", "huggingface_hub", "transformers", "absl"):  # they say it in exceptions
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -131,30 +128,18 @@ def cli(Config, presets, main, doc):
     for name in RunConfig.__dataclass_fields__:  # --help is to show them after the script's own
         Config.__dataclass_fields__[name] = Config.__dataclass_fields__.pop(name)
     try:
-        early = tyro.cli(Config, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-        defaults = {"preset": early.preset} | presets[early.preset]
-        given = {arg.partition("=")[0].replace("_", "-") for arg in sys.argv[1:]}
-        for flag, its in {"--data": "data_name", "--init-from": "tokenizer"}.items():
-            if flag in given:  # the preset's was for the preset's
-                defaults.pop(its, None)
-        if early.resume:
-            runs = sorted(Path("out").glob(f"{script.split('_')[0]}-*/run.json"), key=os.path.getmtime)
-            folder = early.out_dir or (runs[-1].parent if runs else "out")
-            defaults = read_run(folder)["config"] | {"out_dir": str(folder)}
-            ours = {*defaults} <= {*Config.__dataclass_fields__}
-            expect(ours, f"--resume: {folder} is no run of {script}.py")
-            defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
-        if "--prompt" in given:  # it adds to the default, which on a resume is the run's
-            defaults.pop("prompt", None)
+        defaults = read_defaults(Config, presets, script)
         cfg = tyro.cli(Config, default=Config(**defaults), prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
         code = 0
-    except (UsageError, RunError, ModuleNotFoundError) as error:
-        package = {"sklearn": "scikit-learn"}.get(getattr(error, "name", ""), getattr(error, "name", ""))
-        lacks = f"needs `pip install {package}`" if isinstance(error, ModuleNotFoundError) else error
-        print(f"{script}.py: {' '.join(str(lacks).split())}", file=sys.stderr)
-        code = 1 if isinstance(error, RunError) else 2
+    except (UsageError, RunError) as error:
+        print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+        print(f"{script}.py: needs `pip install {package}`", file=sys.stderr)
+        code = 2
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:  # before training, which saves
@@ -166,6 +151,26 @@ def cli(Config, presets, main, doc):
     if (code and jax.distributed.is_initialized()) or any(t.name == "ahead" for t in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
+
+
+def read_defaults(Config, presets, script):
+    """{field: default} of the preset on the command line, or with --resume of the run.json of that run."""
+    early = tyro.cli(Config, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    defaults = {"preset": early.preset} | presets[early.preset]
+    given = {arg.partition("=")[0].replace("_", "-") for arg in sys.argv[1:]}
+    for flag, its in {"--data": "data_name", "--init-from": "tokenizer"}.items():
+        if flag in given:  # the preset's was for the preset's
+            defaults.pop(its, None)
+    if early.resume:
+        runs = sorted(Path("out").glob(f"{script.split('_')[0]}-*/run.json"), key=os.path.getmtime)
+        folder = early.out_dir or (runs[-1].parent if runs else "out")
+        defaults = read_run(folder)["config"] | {"out_dir": str(folder)}
+        ours = {*defaults} <= {*Config.__dataclass_fields__}
+        expect(ours, f"--resume: {folder} is no run of {script}.py")
+        defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
+    if "--prompt" in given:  # it adds to the default, which on a resume is the run's
+        defaults.pop("prompt", None)
+    return defaults
 
 
 def read_run(out_dir):
@@ -358,13 +363,12 @@ def split_in(name):
 
 def find_files(path, roles, where):
     """{split: [file]} of a file, a glob or a folder: of one kind, and none of them empty."""
-    expect(
-        not [*path.glob("**/state.json")], f"{where}: was written by save_to_disk; write it with to_parquet"
-    )
     pattern = escape(str(path)) + "/**" if path.is_dir() else str(path)
     files = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
     expect(files, f"{where}: no such file")
     if path.is_dir():
+        is_saved = any(Path(file).name == "state.json" for file in files)
+        expect(not is_saved, f"{where}: was written by save_to_disk; write it with to_parquet")
         files = [file for file in files if Path(file).name != "README.md"]  # a data set's card
     kinds = {file: kind_of(file) for file in files if os.path.getsize(file)}
     pictures = "image" in roles and "images" in kinds.values()  # a table beside pictures does not hide them
@@ -1078,7 +1082,7 @@ class Run:
 
     def log(self, state, metrics):
         """Note a dispatched step. Its metrics stay on the device until the next step is under way."""
-        if self.pending and (self.due(self.cfg.log_every) or self.due(self.cfg.eval_every)):
+        if self.pending and self.due(self.cfg.log_every):
             self.flush()
         self.step, self.state = self.step + 1, state
         self.pending.append((self.step, metrics, self.position["bad_records"]))
