@@ -54,7 +54,7 @@ class Config(common.RunConfig):
     seq_len: int = 32  # tokens in a row, T
     shuffle_buffer: int = 1_000  # documents whose rows are shuffled together
     # model
-    n_layer: int = 4  # blocks, L
+    n_layer: int = 4  # blocks, L; with init_from all sizes are its own
     n_head: int = 4  # attention heads, H
     n_embd: int = 128  # width, C
     pre_norm: bool = True  # norms before each block and at the end (Megatron's BERT): needs less warm-up
@@ -65,25 +65,25 @@ class Config(common.RunConfig):
     batch_size: int = 128  # rows a step, over all devices
     device_rows: int = 128  # rows that a device takes at once, to fit in memory
     accum: int | None = None  # microbatches in a step; else as few as device_rows allows
-    mask_share: float = 0.15  # of a row's tokens to predict
+    mask_share: float = 0.15  # share of a row's tokens to predict
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
     lr: float = 1e-2  # peak learning rate
-    min_lr: float = 0.0  # learning rate at the end, after a straight line
-    cooldown: float = 0.0  # share of the steps in which a constant rate falls; 0 falls from the warm-up on
-    warmup_steps: int = 50  # linear, up to lr
+    min_lr: float = 0.0  # learning rate at the end
+    cooldown: float = 0.0  # last share of the steps, in which a constant rate falls; 0 falls after warm-up
+    warmup_steps: int = 50  # steps in which the rate rises in a line to lr
     weight_decay: float = 0.01  # on matrices and embeddings only
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
     seed: int = 0  # of the init, the order of the data, masks and dropout
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     # use, with --steps 0
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text with a [MASK]; repeatable
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text with a [MASK]
     embed: str | None = None  # text file to embed, a text a line, into an .npy beside it
     mteb: tuple[str, ...] = ()  # tasks of the mteb package to evaluate embeddings on, as in STSBenchmark
     pooling: Literal["mean", "cls"] | None = None  # a text's vector; else as in init_from's folder, or mean
 
 
-# batch, rates and the 6 % of warm-up of MosaicBERT (arXiv 2312.17482); 19,073 steps are 10 B tokens
+# batch, 6 % of warm-up, base's and large's rates of MosaicBERT (arXiv 2312.17482); 10 B tokens in all
 HUB = dict(data=("HuggingFaceFW/fineweb-edu",), data_name=("sample-10BT",), tokenizer="bert-base-uncased")
 HUB |= dict(shuffle_buffer=10_000, val_docs=1_000, seq_len=128, batch_size=4_096, steps=19_073)
 HUB |= dict(pre_norm=False, optimizer="adamw", warmup_steps=1_150, dtype="bfloat16")
@@ -191,8 +191,9 @@ class Linear(nnx.Linear):
     """nnx.Linear, but the bias is added in float32: bfloat16 cannot hold its gradient, a sum over tokens."""
 
     def __call__(self, x):
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return (y + self.bias[...]).astype(self.dtype)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])  # for (B, T, C) XLA copies more, 10 % of a step
+        y = (rows @ self.kernel[...].astype(self.dtype) + self.bias[...]).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class SelfAttention(nnx.Module):
@@ -203,15 +204,15 @@ class SelfAttention(nnx.Module):
     def __call__(self, x, lengths, key):
         B, T, C = x.shape
         q, k, v = (f(x).reshape(B, T, self.n_head, -1) for f in (self.query, self.key, self.value))
-        if key is not None and self.rate > 0:  # the fused kernels know no dropout
+        rate = 0 if key is None else self.rate
+        if rate == 0 and common.has_fused_attention(q):
+            y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+        else:  # the fused kernel knows no dropout
             scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
             seen = jnp.arange(T) < (T if lengths is None else lengths[:, None, None, None])
             scores = jnp.where(seen, scores / math.sqrt(q.shape[-1]), -jnp.inf)
-            weights = dropout(jax.nn.softmax(scores), self.rate, key)
+            weights = dropout(jax.nn.softmax(scores), rate, key)
             y = jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
-        else:
-            options = dict(key_value_seq_lengths=lengths, implementation=common.attention_kernel(q))
-            y = jax.nn.dot_product_attention(q, k, v, **options)
         return y.reshape(B, T, C)
 
 
@@ -291,7 +292,8 @@ class BERT(nnx.Module):
         head = self.cls.predictions
         x = head.transform.LayerNorm(gelu(head.transform.dense(hidden)))
         table = self.bert.embeddings.word_embeddings.embedding[...].astype(x.dtype)  # (V padded, C)
-        return (x @ table.T)[..., : self.config.vocab_size].astype(jnp.float32) + head.bias[...]
+        logits = (x.reshape(-1, x.shape[-1]) @ table.T).reshape(*x.shape[:-1], -1)
+        return logits[..., : self.config.vocab_size].astype(jnp.float32) + head.bias[...]
 
     def class_logits(self, hidden, key=None):
         """Logits (B, classes) float32 of hidden states (B, T, C), from the first token."""

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import shutil
 import signal
@@ -17,7 +16,8 @@ import sysconfig
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from glob import escape, glob
@@ -98,7 +98,7 @@ def blame(where):
 
 @dataclasses.dataclass
 class RunConfig:
-    """The flags of every script that change nothing in the arithmetic: a resume may change them."""
+    """The flags of every script that change no number. A resume may change all but num_processes."""
 
     out_dir: str | None = None  # directory of the run; else the next free out/gpt-001, out/gpt-002, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
@@ -148,7 +148,9 @@ def cli(Config, presets, main, doc):
         traceback.print_exc()
     sys.stdout.flush()
     # at its own end the interpreter would wait for lost processes, and for threads that wait for the network
-    if (code and jax.distributed.is_initialized()) or any(t.name == "ahead" for t in threading.enumerate()):
+    if (code and jax.distributed.is_initialized()) or any(
+        t.name.startswith("ahead") for t in threading.enumerate()
+    ):
         os._exit(code)
     sys.exit(code)
 
@@ -165,8 +167,11 @@ def read_defaults(Config, presets, script):
         runs = sorted(Path("out").glob(f"{script.split('_')[0]}-*/run.json"), key=os.path.getmtime)
         folder = early.out_dir or (runs[-1].parent if runs else "out")
         defaults = read_run(folder)["config"] | {"out_dir": str(folder)}
-        ours = {*defaults} <= {*Config.__dataclass_fields__}
-        expect(ours, f"--resume: {folder} is no run of {script}.py")
+        others = {*defaults} - {*Config.__dataclass_fields__}
+        expect(
+            not others,
+            f"--resume: {folder} is no run of {script}.py, which has no {', '.join(sorted(others))}",
+        )
         defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
     if "--prompt" in given:  # it adds to the default, which on a resume is the run's
         defaults.pop("prompt", None)
@@ -186,17 +191,13 @@ def join_processes(cfg):
     if address is None:
         expect((n, i) == (None, None), "--num-processes and --process-id: need --coordinator HOST:PORT")
         return
-    arguments = {}
-    if address != "auto":  # auto asks SLURM, Open MPI, Kubernetes or the cloud
-        complete = ":" in address and None not in (n, i) and 0 <= i < n
-        needs = "needs HOST:PORT, --num-processes N and --process-id from 0 to N - 1"
-        expect(complete, f"--coordinator {address} --num-processes {n} --process-id {i}: {needs}")
-        arguments = dict(coordinator_address=address, num_processes=n, process_id=i)
-        arguments["cluster_detection_method"] = "deactivate"
-    try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=30)
-    except (ValueError, RuntimeError) as error:
-        raise RunError(f"could not join the other processes: {in_brief(error)}") from error
+    given = {}  # auto asks SLURM, Open MPI, Kubernetes or the cloud
+    if address != "auto":
+        expect(":" in address, f"--coordinator {address}: needs HOST:PORT, or auto")
+        given = dict(coordinator_address=address, num_processes=n, process_id=i)
+        given["cluster_detection_method"] = "deactivate"
+    with blame(f"--coordinator {address}, --num-processes {n}, --process-id {i}"):
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=30)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -224,7 +225,7 @@ def microbatches(cfg):
     rows, devices = cfg.batch_size, jax.device_count()
     possible = [n for n in range(1, rows + 1) if rows % (n * devices) == 0]
     fitting = [n for n in possible if rows <= n * devices * cfg.device_rows]
-    accum = next(iter(fitting), 1) if cfg.accum is None else cfg.accum
+    accum = min(fitting, default=1) if cfg.accum is None else cfg.accum
     unit = f"a multiple of {accum * devices} (--accum {accum} x {devices} devices)"
     expect(accum in possible, f"--batch-size {rows}: must be {unit}; --accum can be {possible}")
     return accum
@@ -274,11 +275,11 @@ def open_data(cfg, roles, names=None, flag="--data"):
 
         stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
         fsspec.config.conf |= {"http": stalled, "https": stalled}
-    began, sources = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}, []
-    configurations = [] if names else cfg.data_name
+    data_then = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}
+    sources, configurations = [], [] if names else cfg.data_name
     for i, name in enumerate(names or cfg.data):
         configuration = configurations[i] if configurations and configurations[i] != "-" else None
-        commit = began.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
+        commit = data_then.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
         with blame(f"{flag} {name}"):
             sources.append(open_source(name, configuration, commit, roles, cfg.retries, f"{flag} {name}"))
     return sources
@@ -294,7 +295,7 @@ def open_source(name, configuration, commit, roles, retries, where):
     card = path / "README.md"
     has_card = card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)
     if is_made:
-        splits = digits() if name == "digits" else synthetic(roles)
+        splits = built_in(name, roles)
     elif is_hub_id or has_card or configuration:
         # in small blocks: a resume fetches what it needs, not all that lies before it in the file
         options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}}) if is_hub_id else {}
@@ -325,28 +326,23 @@ def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def synthetic(roles):
-    """Random words or pictures of two classes, to try things out."""
-    splits, rng = {}, np.random.default_rng(0)
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(num_classes=2))
-    for split, n in {"train": 2_000, "validation": 200}.items():
-        rows = {"label": [i % 2 for i in range(n)], "text": [rng.bytes(500).hex(" ", 2) for _ in range(n)]}
+def built_in(name, roles):
+    """scikit-learn's digits (Alpaydin & Kaynak 1998), or random words and pictures; a fifth is held out."""
+    if name == "digits":
+        from sklearn.datasets import load_digits  # slow to import
+
+        found, classes = load_digits(), [*"0123456789"]
+        rows = {"image": [*np.uint8(found.images * 255 / 16)], "label": found.target}  # (8, 8), 0 to 16
+    else:
+        rng, n, classes = np.random.default_rng(0), 2_000, ["a", "b"]
+        rows = {"text": [rng.bytes(500).hex(" ", 2) for _ in range(n)], "label": np.arange(n) % 2}
         if "image" in roles:
-            features["image"] = datasets.Image()
-            rows["image"] = list(rng.integers(256, size=(n, 64, 64, 3), dtype=np.uint8))
-        splits[split] = datasets.Dataset.from_dict(rows, features).to_iterable_dataset(num_shards=100)
-    return splits
-
-
-def digits():
-    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), a fifth of them held out."""
-    from sklearn.datasets import load_digits  # slow to import
-
-    found, label = load_digits(), datasets.ClassLabel(names=[*"0123456789"])
-    rows = {"image": [*np.uint8(found.images * 255 / 16)], "label": found.target}  # (8, 8), 0 to 16
-    data = datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=label))
-    order = np.random.default_rng(0).permutation(len(data))
-    parts = {"validation": data.select(order[:359]), "train": data.select(order[359:])}
+            rows["image"] = [*rng.integers(256, size=(n, 64, 64, 3), dtype=np.uint8)]
+    types = dict(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
+    features = {name: types.get(name, datasets.Value("string")) for name in rows}
+    data = datasets.Dataset.from_dict(rows, datasets.Features(features))
+    order, n = np.random.default_rng(0).permutation(len(data)), len(data) // 5
+    parts = {"validation": data.select(order[:n]), "train": data.select(order[n:])}
     return {split: part.to_iterable_dataset(num_shards=100) for split, part in parts.items()}
 
 
@@ -571,7 +567,7 @@ class Stream:
         failures = 0
         while True:
             at = self.position
-            self.is_empty = at["record"] == at["row"] == 0  # until it gives a row
+            self.is_empty = at["record"] == at["row"] == 0  # an epoch from its start, until it gives a row
             try:
                 if self.seed is not None:  # datasets orders the shards by it; 0 would keep the files' order
                     self.dataset.set_epoch(1 + 1000 * self.seed + at["epoch"])
@@ -694,31 +690,16 @@ def ahead(items, depth, stopped=lambda: False):
 
     Its exceptions are raised where it is read.
     """
-    ready, closed = queue.Queue(depth), threading.Event()
-
-    def fill():
-        try:
-            for item in items:
-                ready.put((item, None))
-                if closed.is_set():
-                    return
-        except BaseException as error:  # a panic in Rust is no Exception
-            ready.put((None, error))
-
-    threading.Thread(target=fill, name="ahead", daemon=True).start()
+    thread = ThreadPoolExecutor(1, "ahead")
+    ready = deque(thread.submit(next, items) for _ in range(depth))
     try:
         while not stopped():
-            try:
-                item, error = ready.get(timeout=0.1)  # so that a signal is seen
-            except queue.Empty:
-                continue
-            if error:
-                raise error
-            yield item
+            if wait([ready[0]], timeout=0.1).done:  # it returns, so that a signal is seen
+                item = ready.popleft().result()
+                ready.append(thread.submit(next, items))
+                yield item
     finally:
-        closed.set()
-        while not ready.empty():  # makes room for a thread that waits for it
-            ready.get_nowait()
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- devices ----
@@ -729,12 +710,11 @@ PEAK_FLOPS |= {"L40S": 362e12, "L4": 121e12, "T4": 65e12, "V100": 125e12, "RTX 4
 PEAK_FLOPS |= {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
 
 
-def attention_kernel(q):
-    """What attends to queries (B, T, H, D): cuDNN on NVIDIA since Ampere in bfloat16, else XLA (None)."""
+def has_fused_attention(q):
+    """Whether cuDNN can attend to queries (B, T, H, D): on NVIDIA since Ampere, in bfloat16."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # 9.0 of an H100, gfx942 of AMD's
     recent = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
-    fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return "cudnn" if recent and fits else None
+    return bool(recent) and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def make_mesh():
@@ -991,7 +971,8 @@ class Run:
         if self.saved is not None:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             args = dict(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
-            restored = self.checkpoints.restore(self.saved, args=ocp.args.Composite(**args))
+            with blame(f"--resume: the checkpoint of step {self.saved} in {self.dir} is of another model"):
+                restored = self.checkpoints.restore(self.saved, args=ocp.args.Composite(**args))
             state, self.position = restored["state"], restored["position"][jax.process_index()]
         lines = self.read_lines()
         lost = self.step == 0 and lines and lines[-1]["step"] > 2 * self.cfg.ckpt_every

@@ -57,8 +57,8 @@ class Config(common.RunConfig):
     val_data: tuple[str, ...] = ()  # to validate on; else data's validation or test split, or see val_every
     val_every: int = 10  # where there is no such split: one picture in so many is held out, never trained on
     num_classes: int | None = None  # needed where labels are bare numbers; else found from their names
-    image_size: int | None = None  # side of what a model sees, S; without flag or preset init_from's, or 16
-    eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; init_from has its own
+    image_size: int | None = None  # side of what the model sees, S; else that of init_from, or 16
+    eval_crop: float = 1.0  # share of a picture's short side that evaluation sees; of init_from its own
     crop: Literal["pad", "resized"] = "pad"  # training sees shifted pictures, or random parts of them
     crop_pad: int = 2  # pad: shifted by at most so many pixels
     crop_area: float = 0.08  # resized: least share of the picture
@@ -66,7 +66,7 @@ class Config(common.RunConfig):
     mixup: float = 0.2  # mixes pairs of pictures by Beta(mixup, mixup) (Zhang et al. 2017); 0 does not
     shuffle_buffer: int = 1_000  # pictures that are shuffled together, held as files
     # model
-    depth: Literal[18, 34, 50, 101, 152] = 18  # layers
+    depth: Literal[18, 34, 50, 101, 152] = 18  # layers; with init_from all sizes are its own
     width: int = 16  # channels after the stem; 64 is the published network
     stem: Literal["imagenet", "cifar"] = "cifar"  # 7x7 at stride 2 and a pool, or for small pictures 3x3
     dropout: float = 0.0  # on the pooled features
@@ -77,10 +77,10 @@ class Config(common.RunConfig):
     device_rows: int = 256  # pictures that a device takes at once, to fit in memory
     accum: int | None = None  # microbatches in a step, batch norm sees one; else as few as device_rows allows
     lr: float = 0.1  # peak learning rate
-    min_lr: float = 0.0  # learning rate at the end, after half a cosine
-    cooldown: float = 0.0  # share of the steps in which a constant rate falls in a line; 0 is the cosine
-    warmup_steps: int = 50  # linear, up to lr
-    momentum: float = 0.9  # of SGD, Nesterov's: share of the last update in the next
+    min_lr: float = 0.0  # learning rate at the end
+    cooldown: float = 0.0  # last share of the steps, in which a constant rate falls in a line; 0 is a cosine
+    warmup_steps: int = 50  # steps in which the rate rises in a line to lr
+    momentum: float = 0.9  # of SGD, Nesterov's
     weight_decay: float = 5e-4  # on convolutions and the head, not on norms and biases
     label_smoothing: float = 0.1  # share of the target spread over all classes
     ema: float = 0.99  # decay of a running mean of the weights, then evaluated and exported; 0 keeps none
@@ -350,6 +350,7 @@ class ResNet(nnx.Module):
         call = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
         for block in chain(*self.stages):  # (B, H, W, C), in each stage half of H and W, twice the C
             x = call(block, x, train)
+        x = jax.lax.optimization_barrier(x)  # else jax 0.12's CPU compiler makes NaN of bfloat16 here
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
         if key is not None and self.dropout > 0:
             x = jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
