@@ -279,7 +279,8 @@ class BERT(nnx.Module):
         n, tables = len(self.bert.encoder.layer), self.bert.embeddings
         keys = [None] * (n + 1) if key is None else jax.random.split(key, n + 1)
         x = tables.word_embeddings(tokens) + tables.position_embeddings(jnp.arange(tokens.shape[1])[None])
-        x = x + tables.token_type_embeddings(jnp.asarray(token_types))  # (B, T, C)
+        types = tables.token_type_embeddings.embedding[...]  # as a module it fails where there is but one
+        x = x + jnp.take(types, jnp.asarray(token_types), axis=0)  # (B, T, C)
         x = x if is_pre_norm(self.config) else tables.LayerNorm(x)
         x = dropout(x.astype(self.dtype), self.config.hidden_dropout_prob, keys[n])
         for i, layer in enumerate(self.bert.encoder.layer):
