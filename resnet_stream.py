@@ -218,8 +218,8 @@ class View:
         expect(shapes == {(3, S, S)}, f"pictures come out as {shapes}, not as squares of one size")
         expect(not getattr(processor, "do_flip_channel_order", False), "do_flip_channel_order: not supported")
         self.processor, self.size = processor, S
-        # rescales and normalises, as far as the processor does
-        self.offset, self.slope = black[:, 0, 0], (white - black)[:, 0, 0] / 255
+        # rescales and normalises, as far as the processor does; a large crop has a black margin
+        self.offset, self.slope = black[:, S // 2, S // 2], (white - black)[:, S // 2, S // 2] / 255
 
     def pixels(self, image):
         """The picture as the model is to see it, (S, S, 3) uint8."""
