@@ -319,10 +319,6 @@ def read_weights(path):
     followed = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size layer_norm_eps"
     followed += " hidden_dropout_prob attention_probs_dropout_prob max_position_embeddings type_vocab_size"
     common.refuse_others(config, followed + " classifier_dropout chunk_size_feed_forward", where)
-    supported = dict(position_embedding_type="absolute", problem_type="single_label_classification")
-    for name, only in supported.items():
-        value = getattr(config, name, None) or only
-        expect(value == only, f"{where}: {name} is {value}, only {only} is supported")
     for given, w in stored.items():
         # the oldest files have gamma and beta, and bare encoders no prefix
         name = given.replace(".gamma", ".weight").replace(".beta", ".bias")
@@ -357,7 +353,8 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
             why = f"its classes are {', '.join(theirs)[:60]}, and the data's {', '.join(classes)[:60]}"
             weights = {name: w for name, w in weights.items() if name not in classifier}
         if order and classifier:
-            weights |= {name: weights[name][..., order] for name in classifier}
+            whole = [name for name in classifier if weights[name].shape[-1] == len(order)]  # else refused
+            weights |= {name: weights[name][..., order] for name in whole}
             if all(map(str.isdecimal, classes)):  # the data do not name theirs
                 classes = [theirs[i] for i in order]
         config.update(common.label_names(classes))

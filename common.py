@@ -762,7 +762,7 @@ def gather(value):
 
 # fields of transformers' configs that change nothing in the numbers
 NOT_COMPUTED = """architectures dtype torch_dtype transformers_version _name_or_path id2label label2id
-num_labels initializer_range use_cache bos_token_id eos_token_id pad_token_id sep_token_id problem_type
+num_labels initializer_range use_cache bos_token_id eos_token_id pad_token_id sep_token_id
 task_specific_params output_attentions output_hidden_states return_dict"""
 
 
@@ -829,9 +829,9 @@ def match_classes(theirs, classes):
 
 def refuse_others(config, followed, where):
     """Refuse a field of a config by name that is neither `followed` nor at the default of its class."""
-    for name, only in type(config)().to_dict().items():
+    for name, only in (dict(position_embedding_type="absolute") | type(config)().to_dict()).items():
         value = getattr(config, name, only)
-        known = name in followed.split() or name in NOT_COMPUTED.split()
+        known = name in [*followed.split(), *NOT_COMPUTED.split()] or value == "single_label_classification"
         expect(known or value == only, f"{where}: {name} is {value}, only {only} is supported")
 
 
