@@ -19,6 +19,7 @@ import json
 import math
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -517,15 +518,22 @@ def embed_options(cfg):
     kinds = ", ".join(module["type"].rpartition(".")[2] for module in modules)
     known = kinds in ("Transformer, Pooling", "Transformer, Pooling, Normalize") and not modules[0]["path"]
     expect(known, f"{where}: modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
-    settings = read("sentence_bert_config.json") | read("config_sentence_transformers.json")
-    settings |= read(f"{modules[1]['path']}/config.json")
+    files = [file.name for file in folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
+    settings = dict(chain(*(read(file).items() for file in (*files, "config_sentence_transformers.json"))))
+    settings |= json.loads((folder / modules[1]["path"] / "config.json").read_text())
+    limit = settings.get("max_seq_length")
+    expect(limit is None or (type(limit) is int and limit > 2), f"{where}: max_seq_length is {limit}")
 
     flags = [name for name, value in settings.items() if value is True and name.startswith("pooling_mode_")]
     flagged = "+".join(re.sub("pooling_mode_|_tokens?$", "", name) for name in flags)
     mode = cfg.pooling or settings.get("pooling_mode") or flagged or "mean"
     expect(mode in ("mean", "cls"), f"{where}: pooling is {mode}, only mean or cls; see --pooling")
     prompts = settings.get("prompts") or {}
-    prompt = prompts.get(settings.get("default_prompt_name")) or ""
+    default = settings.get("default_prompt_name")
+    expect(
+        not default or default in prompts, f"{where}: default_prompt_name {default} is none of its prompts"
+    )
+    prompt = prompts[default] if default else ""
     followed = "max_seq_length do_lower_case prompts default_prompt_name include_prompt similarity_fn_name "
     followed += "word_embedding_dimension embedding_dimension pooling_mode transformer_task modality_config "
     followed += "module_output_name model_type __version__"
@@ -535,7 +543,7 @@ def embed_options(cfg):
         others += ["prompts"] if any(prompts.values()) else []
         others += ["similarity_fn_name"] if settings.get("similarity_fn_name") not in (None, "cosine") else []
     expect(not others, f"{where}: {', '.join(others)}: cannot be followed")
-    options = dict(max_length=settings.get("max_seq_length"), lower=settings.get("do_lower_case", False))
+    options = dict(max_length=limit, lower=settings.get("do_lower_case", False))
     return options | dict(pooling=mode, unit="Normalize" in kinds, prompt=prompt)
 
 
@@ -584,7 +592,8 @@ def use(cfg):
     if cfg.prompt:
         fills = fill_mask(model, tokenizer, cfg.prompt)
         print("\n\n".join("\n".join(f"{p:6.1%}  {text!r}" for p, text in best) for best in fills))
-    options = embed_options(cfg) if cfg.embed or cfg.mteb else {}
+    with common.blame(f"--init-from {cfg.init_from}"):
+        options = embed_options(cfg) if cfg.embed or cfg.mteb else {}
     if cfg.embed:
         texts = Path(cfg.embed).read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
         vectors = embed(model, tokenizer, texts, **options)
