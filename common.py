@@ -363,7 +363,7 @@ def find_files(path, roles, where):
     files = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
     expect(files, f"{where}: no such file")
     if path.is_dir():
-        is_saved = any(Path(file).name == "state.json" for file in files)
+        is_saved = {"state.json", "dataset_info.json"} <= {Path(file).name for file in files}
         expect(not is_saved, f"{where}: was written by save_to_disk; write it with to_parquet")
         files = [file for file in files if Path(file).name != "README.md"]  # a data set's card
     kinds = {file: kind_of(file) for file in files if os.path.getsize(file)}
