@@ -346,9 +346,14 @@ def built_in(name, roles):
     return {split: part.to_iterable_dataset(num_shards=100) for split, part in parts.items()}
 
 
+def bare(file):
+    """A file's name, a URL's without its query."""
+    return re.sub(r"[?#].*", "", file) if "://" in file else file
+
+
 def kind_of(file):
     """What a file is by its name, whatever its compression; None where that does not say."""
-    suffixes = [s.lower() for s in Path(re.sub(r"[?#].*", "", file) if "://" in file else file).suffixes]
+    suffixes = [s.lower() for s in Path(bare(file)).suffixes]
     return next((KINDS.get(s) for s in reversed(suffixes) if s not in (".gz", ".bz2", ".xz", ".zst")), None)
 
 
@@ -407,9 +412,10 @@ def read_texts(files, kind):
     Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """
     csv.field_size_limit(1 << 30)
-    options = dict(compression="infer", encoding="utf-8-sig", errors="replace")
+    options = dict(encoding="utf-8-sig", errors="replace")
     for file in files:
-        with fsspec.open(file, "rt", **options) as lines:
+        compression = fsspec.utils.infer_compression(bare(file))
+        with fsspec.open(file, "rt", compression=compression, **options) as lines:
             if kind == "text":
                 yield {"text": lines.read()}
             elif kind == "jsonl":
