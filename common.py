@@ -378,7 +378,10 @@ def find_files(path, roles, where):
     kind, *others = sorted({kinds[file] for file in files})
     expect(not others, f"{where}: holds {kind}, {', '.join(others)}; name one kind, as in '**/*.parquet'")
     if kind == "parquet":  # one without rows may have no types, and the first one's are those of all
-        files = [file for file in files if pq.read_metadata(file).num_rows] or files
+        read = {file: pq.read_metadata(file) for file in files}
+        files = [file for file in files if read[file].num_rows] or files
+        unlike = [f for f in files if {*read[f].schema.names} != {*read[files[0]].schema.names}]
+        expect(not unlike, f"{where}: {unlike[:1]} has other columns than {files[0]}")
     root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in files])
     splits = {}
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
