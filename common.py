@@ -237,6 +237,7 @@ KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "
 KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
+END = "\0 end of the csv"  # a line that we add: where it is part of a field, a quote was never closed
 LINE = "line of jsonl"  # column of a file that is read by the line, so that a corrupt one is one bad record
 
 
@@ -419,18 +420,25 @@ def read_texts(files, kind):
     for file in files:
         compression = fsspec.utils.infer_compression(bare(file))
         with fsspec.open(file, "rt", compression=compression, **options) as lines:
+            first = next(lines, "")
+            expect(first[:2] != "\ufffd\ufffd", f"{file}: is UTF-16, expected UTF-8")
+            lines = chain([first], lines)
             if kind == "text":
-                yield {"text": lines.read()}
+                yield {"text": "".join(lines)}
             elif kind == "jsonl":
                 yield from ({LINE: line} for line in lines)
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
-                rows = csv.reader(lines, **tabs)
-                names = next(rows, [])
+                rows = csv.reader(chain(lines, [END]), **tabs)
+                names = next(rows)
                 if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
                     rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
+                twice = [name for name in names if name and names.count(name) > 1]
+                expect(not twice, f"{file}: has two columns {twice[:1]}")
                 for row in filter(None, rows):  # one of another length is bad: as a list it is no text
-                    yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
+                    expect(row == [END] or END not in row[-1], f'{file}: a " in it is never closed')
+                    if row != [END]:
+                        yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
 def open_pictures(files, where):
