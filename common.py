@@ -209,6 +209,7 @@ def check(cfg, *at_least_one):
         expect(getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
     for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip", "seed"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
+    expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
     expect(0 <= cfg.dropout < 1, f"{flag('dropout')}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
