@@ -59,7 +59,7 @@ class Config(common.RunConfig):
     n_head: int = 4  # attention heads, H
     n_embd: int = 128  # width, C
     pre_norm: bool = True  # norms before each block and at the end (Megatron's BERT): needs less warm-up
-    dropout: float = 0.0  # on embeddings, attention and residual branches; 0 for pre-training
+    dropout: float | None = None  # on embeddings, attention and residual branches; else init_from's, or 0
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, fills masks or embeds, from init_from
@@ -530,9 +530,7 @@ def embed_options(cfg):
     expect(mode in ("mean", "cls"), f"{where}: pooling is {mode}, only mean or cls; see --pooling")
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
-    expect(
-        not default or default in prompts, f"{where}: default_prompt_name {default} is none of its prompts"
-    )
+    expect(not default or default in prompts, f"{where}: default_prompt_name {default} is not in its prompts")
     prompt = prompts[default] if default else ""
     followed = "max_seq_length do_lower_case prompts default_prompt_name include_prompt similarity_fn_name "
     followed += "word_embedding_dimension embedding_dimension pooling_mode transformer_task modality_config "
@@ -627,10 +625,10 @@ def build(cfg, tokenizer, head, classes=None):
     """The model to start from: that of --init-from, whose sizes it has, or a new one."""
     V, options = max(tokenizer.get_vocab().values()) + 1, dict(head=head, dtype=cfg.dtype, remat=cfg.remat)
     rates = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout"
-    fields = dict.fromkeys(rates.split(), cfg.dropout)
+    fields = dict.fromkeys(rates.split(), cfg.dropout or 0.0)
     if cfg.init_from:
         options |= dict(classes=classes, seed=cfg.seed if cfg.steps else None)
-        model = from_pretrained(cfg.init_from, **options, **fields)
+        model = from_pretrained(cfg.init_from, **options, **({} if cfg.dropout is None else fields))
         known = model.config.vocab_size
         expect(known >= V, f"--tokenizer: ids up to {V - 1}, and {cfg.init_from} knows {known}")
         return model

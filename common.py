@@ -78,7 +78,8 @@ def expect(condition, message):
 
 
 def in_brief(error):
-    error = error.__cause__ or error  # some libraries wrap, and tell nothing
+    if not isinstance(error, UsageError):
+        error = error.__cause__ or error  # some libraries wrap, and tell nothing
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -210,7 +211,7 @@ def check(cfg, *at_least_one):
     for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip", "seed"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
     expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
-    expect(0 <= cfg.dropout < 1, f"{flag('dropout')}: must be in [0, 1)")
+    expect(0 <= (cfg.dropout or 0) < 1, f"{flag('dropout')}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     expect(cfg.steps or not cfg.resume, "--resume: has nothing to do with --steps 0; use --init-from instead")
@@ -238,7 +239,6 @@ KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "
 KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
-END = "\0 end of the csv"  # a line that we add: where it is part of a field, a quote was never closed
 LINE = "line of jsonl"  # column of a file that is read by the line, so that a corrupt one is one bad record
 
 
@@ -420,9 +420,9 @@ def read_texts(files, kind):
     options = dict(encoding="utf-8-sig", errors="replace")
     for file in files:
         compression = fsspec.utils.infer_compression(bare(file))
-        with fsspec.open(file, "rt", compression=compression, **options) as lines:
+        with blame(file), fsspec.open(file, "rt", compression=compression, **options) as lines:
             first = next(lines, "")
-            expect(first[:2] != "\ufffd\ufffd", f"{file}: is UTF-16, expected UTF-8")
+            expect(first[:2] != "\ufffd\ufffd", "is UTF-16, expected UTF-8")
             lines = chain([first], lines)
             if kind == "text":
                 yield {"text": "".join(lines)}
@@ -430,16 +430,14 @@ def read_texts(files, kind):
                 yield from ({LINE: line} for line in lines)
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
-                rows = csv.reader(chain(lines, [END]), **tabs)
-                names = next(rows)
+                rows = csv.reader(lines, strict=True, **tabs)  # else an open quote takes the rest of the file
+                names = next(rows, [])
                 if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
                     rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
                 twice = [name for name in names if name and names.count(name) > 1]
-                expect(not twice, f"{file}: has two columns {twice[:1]}")
+                expect(not twice, f"has two columns {twice[:1]}")
                 for row in filter(None, rows):  # one of another length is bad: as a list it is no text
-                    expect(row == [END] or END not in row[-1], f'{file}: a " in it is never closed')
-                    if row != [END]:
-                        yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
+                    yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
 def open_pictures(files, where):
@@ -801,6 +799,8 @@ def load_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     real = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
     expect(real, f"--tokenizer {name}: no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
+    rate = getattr(tokenizer.backend_tokenizer.model, "dropout", None)
+    expect(not rate, f"--tokenizer {name}: has a dropout of {rate}, and a resume could not repeat its rows")
     return tokenizer
 
 

@@ -53,7 +53,7 @@ class Config(common.RunConfig):
     n_layer: int = 4  # blocks, L; with init_from all sizes are its own
     n_head: int = 2  # attention heads, H
     n_embd: int = 96  # width, C
-    dropout: float = 0.0  # on embeddings, attention and residual branches; 0 for pre-training
+    dropout: float | None = None  # on embeddings, attention and residual branches; else init_from's, or 0
     init_from: str | None = None  # weights to start from: hub id, folder or run directory
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
@@ -490,12 +490,13 @@ def check(cfg):
 def build(cfg, tokenizer):
     """The model to start from: that of --init-from, whose sizes it has, or a new one."""
     V, eos = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
-    rates = dict(embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, resid_pdrop=cfg.dropout)
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), cfg.dropout or 0.0)
     if not cfg.init_from:
         sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_positions=cfg.seq_len)
         config = GPT2Config(vocab_size=V, bos_token_id=eos, eos_token_id=eos, **sizes, **rates)
         create = lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed))
         return nnx.jit(create)()
+    rates = {} if cfg.dropout is None else rates
     model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
     wrong = f"--tokenizer {cfg.tokenizer or cfg.init_from}: ids up to {V - 1}, and {cfg.init_from} knows"
     known = model.config.vocab_size
