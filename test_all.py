@@ -446,6 +446,15 @@ def test_web_that_fails_changes_no_row_and_is_given_up_in_the_end(tmp_path, monk
     here = threading.current_thread()  # others prefetch
     pause = lambda seconds: pauses.append(seconds) if threading.current_thread() is here else None
     monkeypatch.setattr(time, "sleep", pause)
+    whole = Path("files/a.parquet").read_bytes()
+    write({"hole.parquet": whole[:150_000] + bytes(30_000) + whole[180_000:]})
+    write({"cut.jsonl.gz": gzip.compress(jsonl(texts).encode())[:-200]})
+    for name in ("hole.parquet", "cut.jsonl.gz"):  # files that lie here are not opened again
+        rows = iter(open_train(name)[0].stream(make_rows, 10, 0))
+        assert next(rows) < 150
+        with pytest.raises(common.RunError, match=r"the data failed (OSError|EOFError): "):
+            [*islice(rows, 150)]
+    assert not pauses
     for name in ("a.parquet", "a.jsonl", "a.jsonl.zst"):
         web.fault = lambda path: None
         [source] = open_train(f"{web.url}/files/{name}", retries=99)
@@ -776,6 +785,13 @@ def test_published_names_load_and_what_changes_the_numbers_is_refused_by_name(ki
     files.append({name: x for name, x in w.items() if name not in kind.twins.values()} | twins)
     for weights in files:
         np.testing.assert_array_equal(see(kind, load(weights), batch), wanted)
+    if kind is bert:  # an encoder alone: with a seed the head is drawn
+        encoder = {name: x for name, x in w.items() if name.startswith("bert.")}
+        assert load(encoder).head is None
+        with pytest.raises(common.UsageError, match=r"has no cls\..*, so no head for mlm"):
+            bert_mlm.from_pretrained("model", head="mlm")
+        drawn = exported(kind, bert_mlm.from_pretrained("model", head="mlm", seed=0))
+        assert {*drawn} == {*w} and all(np.all(drawn[name] == x) for name, x in encoder.items())
     for name, value in kind.refused.items():
         with pytest.raises(common.UsageError, match=f"{name} is {value}, only"):
             load(w, **{name: value})
@@ -1090,7 +1106,8 @@ SENTENCES = {  # 1_Pooling, a third layer, other files; (pooling, normalised, le
 def test_bert_embeddings_are_those_of_pytorch_and_sentence_transformers(case, bert_folder, typed):
     pooling, third, files, wanted = SENTENCES[case]
     shutil.copytree(bert_folder, "model")
-    if pooling:
+    if pooling:  # there the encoder has no head, and BertModel's names
+        transformers.AutoModel.from_pretrained(bert_folder).save_pretrained("model")
         layers = {"Transformer": "", "Pooling": "1_Pooling"} | ({third: f"2_{third}"} if third else {})
         modules = [dict(type=f"sentence_transformers.models.{kind}", path=p) for kind, p in layers.items()]
         files = files | {"modules.json": modules, "1_Pooling/config.json": pooling}
@@ -1577,7 +1594,7 @@ def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script):
     program = EIGHT.format(script=script.__name__, cfg=cfg, names=names)
     eight = "--xla_force_host_platform_device_count=8"
     process = launch(program, XLA_FLAGS=eight, JAX_LOG_COMPILES="1")
-    script.main(script.Config(**cfg, out_dir="one"))
+    script.main(script.Config(**cfg | dict(accum=1, out_dir="one")))  # nor does cutting a step change them
     [(out, err)] = finish(process)
     assert "8 x cpu" in out
     assert err.count("Compiling jit(train_step)") == len(names)
@@ -1592,7 +1609,7 @@ def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script):
         assert_same_losses("one", "cut", rtol=1e-3)
 
 
-def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_nothing(monkeypatch):
+def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_nothing(typed, monkeypatch):
     streamed = GPT | dict(data=("stdlib",), shuffle_buffer=8, batch_size=64, dropout=0.0, fsdp=True)
     streamed |= dict(lr=1e-3, min_lr=1e-3, warmup_steps=0, eval_every=12)
     (out, _), (other, _) = finish(*launch_two(**streamed, out_dir="whole"))
@@ -1610,6 +1627,8 @@ def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_noth
     saved = max(map(int, os.listdir("killed/ckpt")))
     assert f"saved at step {saved}" in out and lines("killed")[-1]["step"] == saved, "both at the same step"
     assert lines("killed")[:12] == lines("whole")
+    _, err = typed(gpt_train, "--resume", out_dir="killed", steps=saved + 1, code=2)
+    assert "'processes': 1" in err and "'processes': 2" in err, "as many as before"
     # one process that trains on the rows of both has the same losses
     cfg, tokenizer, rows = gpt_train.Config(**streamed), gpt_train.load_tokenizer("byte"), []
     [source] = open_train("stdlib")
