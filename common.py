@@ -614,8 +614,8 @@ def report_bad(what, bad, seen):
 def wait_after(error, failures, retries):
     """Wait 1, 2, 4 ... 60 s after the `failures`th fault in a row. RunError after `retries`."""
     if failures > retries:
-        times = f"{failures} times in a row: " if retries else ""
-        raise RunError(f"the data failed {times}{type(error).__name__}: {in_brief(error)}") from error
+        times = f" {failures} times in a row" if retries else ""
+        raise RunError(f"the data failed{times}: {in_brief(error)}") from error
     pause = min(2 ** (failures - 1), 60)
     tqdm.write(f"data: {in_brief(error)}; try {failures} of {retries} in {pause} s", file=sys.stderr)
     time.sleep(pause)
