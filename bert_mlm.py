@@ -64,7 +64,7 @@ class Config(common.RunConfig):
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, fills masks or embeds, from init_from
     batch_size: int = 128  # rows a step, over all devices
-    device_rows: int = 128  # rows that a device takes at once, to fit in memory
+    device_rows: int = 32  # rows that a device takes at once: a CPU's caches like few, a GPU many
     accum: int | None = None  # microbatches in a step; else as few as device_rows allows
     mask_share: float = 0.15  # share of a row's tokens to predict
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw

@@ -58,7 +58,7 @@ class Config(common.RunConfig):
     # training
     steps: int = 1_000  # optimizer steps; 0 only evaluates, or samples, from init_from
     batch_size: int = 32  # rows a step, over all devices
-    device_rows: int = 16  # rows that a device takes at once, to fit in memory, on a CPU in its caches
+    device_rows: int = 8  # rows that a device takes at once: a CPU's caches like few, a GPU many
     accum: int | None = None  # microbatches in a step; else as few as device_rows allows
     optimizer: Literal["adamw", "muon"] = "muon"  # muon is for the hidden matrices; the rest stays on adamw
     lr: float = 1.2e-2  # peak learning rate
