@@ -792,13 +792,6 @@ def test_published_names_load_and_what_changes_the_numbers_is_refused_by_name(ki
             bert_mlm.from_pretrained("model", head="mlm")
         drawn = exported(kind, bert_mlm.from_pretrained("model", head="mlm", seed=0))
         assert {*drawn} == {*w} and all(np.all(drawn[name] == x) for name, x in encoder.items())
-    if rates := {name: 0.1 for name in config if name.endswith(("pdrop", "dropout_prob"))}:
-        load(w, **rates)
-        tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0}, eos_token_id=0, pad_token_id=0)
-        for dropout, expected in {None: 0.1, 0.0: 0.0}.items():
-            cfg = kind.script.Config(init_from="model", dropout=dropout)
-            built = kind.script.build(cfg, tokenizer, *(["mlm"] if kind.script is bert_mlm else []))
-            assert {getattr(built.config, name) for name in rates} == {expected}
     for name, value in (kind.refused | dict(problem_type="regression")).items():
         with pytest.raises(common.UsageError, match=f"{name} is {value}, only"):
             load(w, **{name: value})
@@ -836,6 +829,12 @@ def test_dropout_remat_bfloat16_and_the_code_for_accelerators(kind, monkeypatch)
             np.testing.assert_allclose(see(kind, kind.model(), batch), plain, atol=1e-5)
         x = kind.script.dropout(jnp.ones(100_000), 0.2, key)
         assert abs(x.mean() - 1) < 0.01 and abs((x == 0).mean() - 0.2) < 0.01
+        exported(kind, kind.model(rate=0.1))
+        tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0}, eos_token_id=0, pad_token_id=0)
+        for flag, rate in {None: 0.1, 0.0: 0.0}.items():  # the checkpoint's, but for a flag
+            cfg = kind.script.Config(init_from="exported", dropout=flag)
+            config = kind.script.build(cfg, tokenizer, *["mlm"] * (kind is bert)).config.to_dict()
+            assert {x for name, x in config.items() if re.search("_pdrop|dropout_prob", name)} == {rate}
 
     half = kind.model(dtype="bfloat16")
     assert {p.dtype for p in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
