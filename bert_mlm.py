@@ -19,7 +19,6 @@ import json
 import math
 import re
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -192,9 +191,8 @@ class Linear(nnx.Linear):
     """nnx.Linear, but the bias is added in float32: bfloat16 cannot hold its gradient, a sum over tokens."""
 
     def __call__(self, x):
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])  # for (B, T, C) XLA copies more, 10 % of a step
-        y = (rows @ self.kernel[...].astype(self.dtype) + self.bias[...]).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        y = common.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return (y + self.bias[...]).astype(self.dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -294,8 +292,7 @@ class BERT(nnx.Module):
         head = self.cls.predictions
         x = head.transform.LayerNorm(gelu(head.transform.dense(hidden)))
         table = self.bert.embeddings.word_embeddings.embedding[...].astype(x.dtype)  # (V padded, C)
-        logits = (x.reshape(-1, x.shape[-1]) @ table.T).reshape(*x.shape[:-1], -1)
-        return logits[..., : self.config.vocab_size].astype(jnp.float32) + head.bias[...]
+        return common.matmul(x, table.T)[..., : self.config.vocab_size].astype(jnp.float32) + head.bias[...]
 
     def class_logits(self, hidden, key=None):
         """Logits (B, classes) float32 of hidden states (B, T, C), from the first token."""
@@ -510,27 +507,29 @@ def fill_mask(model, tokenizer, texts, k=5):
 
 def embed_options(cfg):
     """Arguments of `embed`: --pooling, and what the sentence-transformers files of --init-from say."""
-    folder, where = common.snapshot(cfg.init_from, "--init-from", ["*.json"]), f"--init-from {cfg.init_from}"
+    folder = common.snapshot(cfg.init_from, "--init-from", ["*.json"])
     read = lambda file: json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     modules = read("modules.json")
     if not modules:
         return dict(pooling=cfg.pooling or "mean")
     kinds = ", ".join(module["type"].rpartition(".")[2] for module in modules)
     known = kinds in ("Transformer, Pooling", "Transformer, Pooling, Normalize") and not modules[0]["path"]
-    expect(known, f"{where}: modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
-    files = [file.name for file in folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
-    settings = dict(chain(*(read(file).items() for file in (*files, "config_sentence_transformers.json"))))
+    expect(known, f"modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
+    settings = {}
+    names = [path.name for path in folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
+    for name in (*names, "config_sentence_transformers.json"):
+        settings |= read(name)
     settings |= json.loads((folder / modules[1]["path"] / "config.json").read_text())
     limit = settings.get("max_seq_length")
-    expect(limit is None or (type(limit) is int and limit > 2), f"{where}: max_seq_length is {limit}")
+    expect(limit is None or (type(limit) is int and limit > 2), f"max_seq_length is {limit}")
 
     flags = [name for name, value in settings.items() if value is True and name.startswith("pooling_mode_")]
     flagged = "+".join(re.sub("pooling_mode_|_tokens?$", "", name) for name in flags)
     mode = cfg.pooling or settings.get("pooling_mode") or flagged or "mean"
-    expect(mode in ("mean", "cls"), f"{where}: pooling is {mode}, only mean or cls; see --pooling")
+    expect(mode in ("mean", "cls"), f"pooling is {mode}, only mean or cls; see --pooling")
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
-    expect(not default or default in prompts, f"{where}: default_prompt_name {default} is not in its prompts")
+    expect(not default or default in prompts, f"default_prompt_name {default} is not in its prompts")
     prompt = prompts[default] if default else ""
     followed = "max_seq_length do_lower_case prompts default_prompt_name include_prompt similarity_fn_name "
     followed += "word_embedding_dimension embedding_dimension pooling_mode transformer_task modality_config "
@@ -540,7 +539,7 @@ def embed_options(cfg):
     if cfg.mteb:
         others += ["prompts"] if any(prompts.values()) else []
         others += ["similarity_fn_name"] if settings.get("similarity_fn_name") not in (None, "cosine") else []
-    expect(not others, f"{where}: {', '.join(others)}: cannot be followed")
+    expect(not others, f"{', '.join(others)}: cannot be followed")
     options = dict(max_length=limit, lower=settings.get("do_lower_case", False))
     return options | dict(pooling=mode, unit="Normalize" in kinds, prompt=prompt)
 

@@ -149,9 +149,8 @@ def cli(Config, presets, main, doc):
         traceback.print_exc()
     sys.stdout.flush()
     # at its own end the interpreter would wait for lost processes, and for threads that wait for the network
-    if (code and jax.distributed.is_initialized()) or any(
-        t.name.startswith("ahead") for t in threading.enumerate()
-    ):
+    reads = any(thread.name.startswith("ahead") for thread in threading.enumerate())
+    if reads or (code and jax.distributed.is_initialized()):
         os._exit(code)
     sys.exit(code)
 
@@ -168,11 +167,8 @@ def read_defaults(Config, presets, script):
         runs = sorted(Path("out").glob(f"{script.split('_')[0]}-*/run.json"), key=os.path.getmtime)
         folder = early.out_dir or (runs[-1].parent if runs else "out")
         defaults = read_run(folder)["config"] | {"out_dir": str(folder)}
-        others = {*defaults} - {*Config.__dataclass_fields__}
-        expect(
-            not others,
-            f"--resume: {folder} is no run of {script}.py, which has no {', '.join(sorted(others))}",
-        )
+        others = ", ".join(sorted({*defaults} - {*Config.__dataclass_fields__}))
+        expect(not others, f"--resume: {folder} is no run of {script}.py, which has no {others}")
         defaults = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
     if "--prompt" in given:  # it adds to the default, which on a resume is the run's
         defaults.pop("prompt", None)
@@ -348,14 +344,14 @@ def built_in(name, roles):
     return {split: part.to_iterable_dataset(num_shards=100) for split, part in parts.items()}
 
 
-def bare(file):
+def without_query(file):
     """A file's name, a URL's without its query."""
     return re.sub(r"[?#].*", "", file) if "://" in file else file
 
 
 def kind_of(file):
     """What a file is by its name, whatever its compression; None where that does not say."""
-    suffixes = [s.lower() for s in Path(bare(file)).suffixes]
+    suffixes = [s.lower() for s in Path(without_query(file)).suffixes]
     return next((KINDS.get(s) for s in reversed(suffixes) if s not in (".gz", ".bz2", ".xz", ".zst")), None)
 
 
@@ -380,9 +376,9 @@ def find_files(path, roles, where):
     kind, *others = sorted({kinds[file] for file in files})
     expect(not others, f"{where}: holds {kind}, {', '.join(others)}; name one kind, as in '**/*.parquet'")
     if kind == "parquet":  # one without rows may have no types, and the first one's are those of all
-        read = {file: pq.read_metadata(file) for file in files}
-        files = [file for file in files if read[file].num_rows] or files
-        unlike = [f for f in files if {*read[f].schema.names} != {*read[files[0]].schema.names}]
+        footers = {file: pq.read_metadata(file) for file in files}
+        files = [file for file in files if footers[file].num_rows] or files
+        unlike = [f for f in files if {*footers[f].schema.names} != {*footers[files[0]].schema.names}]
         expect(not unlike, f"{where}: {unlike[:1]} has other columns than {files[0]}")
     root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in files])
     splits = {}
@@ -419,7 +415,7 @@ def read_texts(files, kind):
     csv.field_size_limit(1 << 30)
     options = dict(encoding="utf-8-sig", errors="replace")
     for file in files:
-        compression = fsspec.utils.infer_compression(bare(file))
+        compression = fsspec.utils.infer_compression(without_query(file))
         with blame(file), fsspec.open(file, "rt", compression=compression, **options) as lines:
             first = next(lines, "")
             expect(first[:2] != "\ufffd\ufffd", "is UTF-16, expected UTF-8")
@@ -726,6 +722,11 @@ PEAK_FLOPS |= {"L40S": 362e12, "L4": 121e12, "T4": 65e12, "V100": 125e12, "RTX 4
 PEAK_FLOPS |= {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
 
 
+def matmul(x, kernel):
+    """x (..., C) @ kernel (C, D), as two matrices: of (B, T, C) XLA makes copies, 10 % of a step on a CPU."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
 def has_fused_attention(q):
     """Whether cuDNN can attend to queries (B, T, H, D): on NVIDIA since Ampere, in bfloat16."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # 9.0 of an H100, gfx942 of AMD's
@@ -847,9 +848,11 @@ def match_classes(theirs, classes):
 
 def refuse_others(config, followed, where):
     """Refuse a field of a config by name that is neither `followed` nor at the default of its class."""
-    for name, only in (dict(position_embedding_type="absolute") | type(config)().to_dict()).items():
+    defaults = dict(position_embedding_type="absolute") | type(config)().to_dict()  # the former in old files
+    for name, only in defaults.items():
         value = getattr(config, name, only)
-        known = name in [*followed.split(), *NOT_COMPUTED.split()] or value == "single_label_classification"
+        known = name in [*followed.split(), *NOT_COMPUTED.split()]
+        known = known or value == "single_label_classification"  # of problem_type: what our heads do
         expect(known or value == only, f"{where}: {name} is {value}, only {only} is supported")
 
 
@@ -989,7 +992,7 @@ class Run:
         if self.saved is not None:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             args = dict(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
-            with blame(f"--resume: the checkpoint of step {self.saved} in {self.dir} is of another model"):
+            with blame(f"--resume: the checkpoint of step {self.saved} in {self.dir} does not fit the model"):
                 restored = self.checkpoints.restore(self.saved, args=ocp.args.Composite(**args))
             state, self.position = restored["state"], restored["position"][jax.process_index()]
         lines = self.read_lines()

@@ -160,9 +160,8 @@ class Linear(nnx.Linear):
         super().__init__(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])  # for (B, T, C) XLA copies more, 10 % of a step
-        y = (rows @ self.kernel[...].astype(self.dtype) + self.bias[...]).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        y = common.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return (y + self.bias[...]).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -175,7 +174,8 @@ class Attention(nnx.Module):
         B, T, C = x.shape
         attn_key, resid_key = (None, None) if key is None else jax.random.split(key)
         q, k, v = (a.reshape(B, T, self.n_head, -1) for a in jnp.split(self.c_attn(x), 3, axis=-1))
-        rate, seen = 0 if attn_key is None else self.attn_pdrop, jnp.tri(T, dtype=bool)
+        rate = 0 if key is None else self.attn_pdrop
+        seen = jnp.tri(T, dtype=bool)  # each token those before it
         if cache is not None:  # decoding: put these keys and values beside those of the text so far
             here = jnp.arange(B)[:, None], pos
             k, v = cache[0].at[here].set(k), cache[1].at[here].set(v)  # (B, S, H, D), S positions in all
@@ -256,8 +256,7 @@ class GPT(nnx.Module):
         return self.padded_logits(x)[..., : self.config.vocab_size].astype(jnp.float32)
 
     def padded_logits(self, x):
-        logits = x.reshape(-1, x.shape[-1]) @ self.wte.embedding[...].astype(x.dtype).T
-        return logits.reshape(*x.shape[:-1], -1)
+        return common.matmul(x, self.wte.embedding[...].astype(x.dtype).T)
 
 
 # ---- pretrained weights in and out ----
@@ -544,9 +543,9 @@ def main(cfg):
     make_rows = partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1)
     batches = common.open_batches(cfg, sources, make_rows, run)
 
-    sizes, T = {name: p.size for name, p in checkpoint_names(model).items()}, cfg.seq_len
+    sizes = {name: p.size for name, p in checkpoint_names(model).items()}
+    N, L, C, T = sum(sizes.values()), model.config.n_layer, model.config.n_embd, cfg.seq_len
     # FLOPs to train on a token: 6 a parameter but for wpe's, 12 L C T for attention (arXiv 2204.02311, B)
-    N, L, C = sum(sizes.values()), model.config.n_layer, model.config.n_embd
     flops = 6 * (N - sizes.get("wpe.weight", 0)) + 12 * L * C * T
     print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
     print(f"data       {' '.join((*cfg.data, *cfg.data_name))}, validation on {len(val_texts)} documents")
