@@ -27,7 +27,6 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -118,17 +117,13 @@ def load_tokenizer(name, documents=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, bos_token=END)
 
 
-def join(tokenizer, texts):
-    """The texts' token ids, the end token after each, as one flat int32 array."""
-    return np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts, [tokenizer.eos_token_id])])
-
-
 def pack(tokenizer, held_out, length, records, rng):
     """Rows {"tokens": (length,) int32} of the documents {"text": list} but for those held out, shuffled.
 
     They are joined and cut from a random start, without padding; less than a row is lost at either end.
     """
-    tokens = join(tokenizer, [text for text in records["text"] if text not in held_out])
+    texts = [text for text in records["text"] if text not in held_out]
+    tokens = np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts, [tokenizer.eos_token_id])])
     start = rng.integers(min(length, max(len(tokens) - length, 0) + 1))
     tokens = tokens[start : start + (len(tokens) - start) // length * length]
     return [{"tokens": row} for row in rng.permutation(tokens.reshape(-1, length))]
@@ -139,7 +134,8 @@ def validation_rows(tokenizer, texts, length, batch_size):
 
     The rest of the last batch has the target -1, which does not count.
     """
-    tokens = np.concatenate([[tokenizer.eos_token_id], join(tokenizer, texts)]).astype(np.int32)
+    end = np.array([tokenizer.eos_token_id], np.int32)
+    tokens = np.concatenate([end, *encode(tokenizer, texts, end)])
     short = -(len(tokens) - 1) % (batch_size * length)
     inputs, targets = np.pad(tokens[:-1], (0, short)), np.pad(tokens[1:], (0, short), constant_values=-1)
     return inputs.reshape(-1, batch_size, length), targets.reshape(-1, batch_size, length)
@@ -232,7 +228,7 @@ class GPT(nnx.Module):
         self.ln_f = nnx.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens, key=None):
-        return self.head(self.hidden(tokens, key)[0])
+        return self.head(self.hidden(tokens, key)[0])[..., : self.config.vocab_size]
 
     def hidden(self, tokens, key=None, caches=None, pos=None):
         """tokens (B, T) -> what the head reads (B, T, C).
@@ -252,42 +248,34 @@ class GPT(nnx.Module):
         return self.ln_f(x), caches
 
     def head(self, x):
-        """Logits (..., V) float32 of hidden states (..., C); the head is tied to the token embedding."""
-        return self.padded_logits(x)[..., : self.config.vocab_size].astype(jnp.float32)
-
-    def padded_logits(self, x):
-        return common.matmul(x, self.wte.embedding[...].astype(x.dtype).T)
+        """Logits (..., V padded) float32 of hidden states (..., C), -inf in the padding; tied to wte."""
+        logits = common.matmul(x, self.wte.embedding[...].astype(x.dtype).T).astype(jnp.float32)
+        ids, V = jnp.arange(logits.shape[-1]), self.config.vocab_size
+        return logits if len(ids) == V else jnp.where(ids < V, logits, -jnp.inf)
 
 
 # ---- pretrained weights in and out ----
 
 
 def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
-    """The GPT of a hub id, a folder or a run directory; `overrides` change its GPT2Config.
-
-    A smaller n_positions keeps the first ones. Raises UsageError for what is not a GPT-2.
-    """
-    (config, weights, _), where = common.read_pretrained((GPT2Config,), path), f"--init-from {path}"
+    """The GPT of a hub id, a folder or a run directory; `overrides` change its config. Raises UsageError."""
+    (config, stored, _), where = common.read_pretrained((GPT2Config,), path), f"--init-from {path}"
     followed = "vocab_size n_positions n_embd n_layer n_head layer_norm_epsilon "
     followed += "embd_pdrop attn_pdrop resid_pdrop"
     common.refuse_others(config, followed, where)
     config.update(overrides)
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".masked_bias"))}
-    head = weights.pop("lm_head.weight", None)  # the same table, stored under either name or both
-    table = weights.setdefault("wte.weight", head)
-    expect(table is not None, f"{where}: wte.weight is missing")
-    is_tied = head is None or np.array_equal(head, table)
-    expect(is_tied, f"{where}: lm_head.weight is not wte.weight, only tied ones are supported")
-    rows, V = len(table), config.vocab_size
-    expect(rows == V, f"{where}: wte.weight has {rows} tokens, and vocab_size is {V}")
-    weights["wte.weight"] = np.pad(table, [(0, -V % 128), (0, 0)])
-    if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][: config.n_positions]
+    weights, V = {}, config.vocab_size
+    for given, w in stored.items():
+        # the head is tied to wte: the table is stored under either name, or both
+        name = given.removeprefix("transformer.").replace("lm_head.", "wte.")
+        if name == "wte.weight":
+            expect(len(w) == V, f"{where}: {given} has {len(w)} rows, and vocab_size is {V}")
+            w = np.pad(w, [(0, -V % 128), (0, 0)])
+        if not name.endswith((".attn.bias", ".masked_bias")):  # masks in old files
+            same = np.array_equal(weights.setdefault(name, w), w)
+            expect(same, f"{where}: lm_head.weight is not wte.weight; only tied ones are supported")
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    state = nnx.state(model)
-    common.load_weights(checkpoint_names(state), weights, where)
-    nnx.update(model, state)
+    common.load_weights(checkpoint_names(model), weights, where)
     return model
 
 
@@ -303,14 +291,11 @@ def save_pretrained(model, folder, *parts):
 
 def loss_sum(model, tokens, targets, key=None):
     """Cross-entropy in nats, summed over the targets (B, T) that are not -1, and the number of these."""
-    x, _ = model.hidden(tokens, key)
+    logits = model.head(model.hidden(tokens, key)[0])  # (B, T, V padded)
     if jax.default_backend() == "cpu":
-        nats = optax.softmax_cross_entropy_with_integer_labels(model.head(x), jnp.maximum(targets, 0))
-    else:  # without a scatter into all the logits, and none of them written in float32
-        logits = model.padded_logits(x).astype(jnp.float32)  # (B, T, V padded)
-        ids = jnp.arange(logits.shape[-1])
-        logits = jnp.where(ids < model.config.vocab_size, logits, -jnp.inf)
-        picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    else:  # a sum in place of a look-up: its gradient is no scatter into all the logits
+        picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(targets >= 0, nats, 0)), jnp.sum(targets >= 0)
 
@@ -381,8 +366,7 @@ def make_train_step(graphdef, state, cfg, schedule):
 
 def make_evaluate(graphdef, rows, tokens_per_byte, mesh):
     """state -> {"val_loss": nats a token, "val_bpb": bits a byte} over every target of the rows."""
-    sums = lambda state, inputs, targets: loss_sum(nnx.merge(graphdef, state)[0], inputs, targets)
-    eval_step = jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
+    eval_step = jax.jit(lambda state, *batch: loss_sum(nnx.merge(graphdef, state)[0], *batch))
 
     def evaluate(state):
         parts = [eval_step(state, *common.shard_batch(mesh, batch, whole=True)) for batch in zip(*rows)]
@@ -462,8 +446,6 @@ def complete(model, tokenizer, prompts, cfg, key):
     ids = encode_prompts(tokenizer, prompts, positions)
     lengths = [len(row) for row in ids]
     new = min(cfg.max_new_tokens, positions - max(lengths))
-    if new < cfg.max_new_tokens:
-        print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
     tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in ids])
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
     out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **options))
@@ -481,7 +463,6 @@ def check(cfg):
     expect(cfg.temperature >= 0, f"--temperature {cfg.temperature}: must not be negative; 0 is greedy")
     expect(cfg.top_k is None or cfg.top_k > 0, f"--top-k {cfg.top_k}: must be at least 1")
     expect(cfg.top_p is None or 0 < cfg.top_p <= 1, f"--top-p {cfg.top_p}: must be in (0, 1]")
-    expect(all(cfg.prompt), "--prompt: is empty; give some text to go on from")
     is_bpe = (cfg.tokenizer or "").startswith("bpe:")
     expect(not (is_bpe and cfg.init_from), "--tokenizer bpe:N: is trained anew; --init-from knows its own")
 
@@ -493,13 +474,12 @@ def build(cfg, tokenizer):
     if not cfg.init_from:
         sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_positions=cfg.seq_len)
         config = GPT2Config(vocab_size=V, bos_token_id=eos, eos_token_id=eos, **sizes, **rates)
-        create = lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed))
-        return nnx.jit(create)()
+        return nnx.jit(lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed)))()
     rates = {} if cfg.dropout is None else rates
     model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
-    wrong = f"--tokenizer {cfg.tokenizer or cfg.init_from}: ids up to {V - 1}, and {cfg.init_from} knows"
     known = model.config.vocab_size
-    expect(known == V if cfg.tokenizer == "byte" else known >= V, f"{wrong} {known}")
+    fits = known == V if cfg.tokenizer == "byte" else known >= V
+    expect(fits, f"--tokenizer: has ids up to {V - 1}, and {cfg.init_from} knows {known}")
     return model
 
 
@@ -543,15 +523,15 @@ def main(cfg):
     make_rows = partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1)
     batches = common.open_batches(cfg, sources, make_rows, run)
 
-    sizes = {name: p.size for name, p in checkpoint_names(model).items()}
-    N, L, C, T = sum(sizes.values()), model.config.n_layer, model.config.n_embd, cfg.seq_len
-    # FLOPs to train on a token: 6 a parameter but for wpe's, 12 L C T for attention (arXiv 2204.02311, B)
-    flops = 6 * (N - sizes.get("wpe.weight", 0)) + 12 * L * C * T
-    print(f"model      GPT-2, {N / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
+    L, C, T = model.config.n_layer, model.config.n_embd, cfg.seq_len
+    size = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module)))
+    # FLOPs to train on a token: 6 a parameter of blocks and head, 12 L C T for attention (arXiv 2204.02311)
+    flops = 6 * (size(model.h) + size(model.wte)) + 12 * L * C * T
+    print(f"model      GPT-2, {size(model) / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
     print(f"data       {' '.join((*cfg.data, *cfg.data_name))}, validation on {len(val_texts)} documents")
     print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
-    size = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
-    print(f"step       {size}, {accum} microbatches, {cfg.optimizer}")
+    rows = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
+    print(f"step       {rows}, {accum} microbatches, {cfg.optimizer}")
     del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(batches, 128, "tokens", cfg.batch_size * T, flops):
