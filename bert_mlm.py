@@ -368,17 +368,15 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
     return model
 
 
-def save_pretrained(model, folder, tokenizer=None):
-    """Write config.json, model.safetensors and the tokenizer: what transformers' AutoModels read."""
+def save_pretrained(model, folder, *parts):
+    """Write what transformers' AutoModels read, and what `parts` save, such as a tokenizer."""
     config, params = model.config, checkpoint_names(model)
     weights = {name: common.to_host(param[...]) for name, param in params.items()}
     weights = {name: w if "_embeddings." in name else w.T for name, w in weights.items()}
     weights[WORDS] = weights[WORDS][: config.vocab_size]
     kind = {"mlm": "ForMaskedLM", "classify": "ForSequenceClassification", None: "Model"}[model.head]
     kind = ("MegatronBert" if is_pre_norm(config) else "Bert") + kind
-    if tokenizer:
-        tokenizer.model_max_length = config.max_position_embeddings
-    common.write_pretrained(folder, weights, config, kind, *([tokenizer] if tokenizer else []))
+    common.write_pretrained(folder, weights, config, kind, *parts)
 
 
 # ---- training ----
@@ -508,18 +506,14 @@ def fill_mask(model, tokenizer, texts, k=5):
 def embed_options(cfg):
     """Arguments of `embed`: --pooling, and what the sentence-transformers files of --init-from say."""
     folder = common.snapshot(cfg.init_from, "--init-from", ["*.json"])
-    read = lambda file: json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-    modules = read("modules.json")
-    if not modules:
+    if not (folder / "modules.json").exists():
         return dict(pooling=cfg.pooling or "mean")
+    modules, settings = json.loads((folder / "modules.json").read_text()), {}
     kinds = ", ".join(module["type"].rpartition(".")[2] for module in modules)
     known = kinds in ("Transformer, Pooling", "Transformer, Pooling, Normalize") and not modules[0]["path"]
     expect(known, f"modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
-    settings = {}
-    names = [path.name for path in folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
-    for name in (*names, "config_sentence_transformers.json"):
-        settings |= read(name)
-    settings |= json.loads((folder / modules[1]["path"] / "config.json").read_text())
+    for file in (*folder.glob("*sentence_*.json"), folder / modules[1]["path"] / "config.json"):
+        settings |= json.loads(file.read_text())
     limit = settings.get("max_seq_length")
     expect(limit is None or (type(limit) is int and limit > 2), f"max_seq_length is {limit}")
 
@@ -680,7 +674,8 @@ def main(cfg):
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer, cfg.task, sources[0].classes), make_schedule(cfg)
-    config, positions = model.config, model.config.max_position_embeddings
+    config = model.config
+    positions = tokenizer.model_max_length = config.max_position_embeddings
     expect(positions >= T, f"--seq-len {T}: {cfg.init_from} has {positions} positions")
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
