@@ -33,7 +33,6 @@ if IS_PROGRAM and sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-8, 1)  # M_ARENA_MAX
 if IS_PROGRAM and not any(arg.startswith("--mteb") for arg in sys.argv):
     sys.modules.setdefault("torch", None)  # transformers would import it: two seconds, for nothing
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we know
