@@ -119,6 +119,7 @@ class RunConfig:
 def cli(Config, presets, main, doc):
     """Make a Config of the command line and run `main` with it."""
     script, code = Path(sys.argv[0]).stem, 1
+    sys.stdout.reconfigure(line_buffering=True)  # where it goes to a file, too
     for library in ("datasets", "huggingface_hub", "transformers", "absl"):  # they say it in exceptions
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -924,8 +925,16 @@ class Run:
         with blame(f"--out-dir {cfg.out_dir or 'out'}"):
             self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
-        if cfg.resume:
-            self.check_unchanged(config, data, {*RunConfig.__dataclass_fields__, *free.split()})
+        if cfg.resume:  # refuse by name what would change the meaning of the run's checkpoint
+            began, change = read_run(self.dir), "it would go on with other rows"
+            self.id, free = began["id"], {*RunConfig.__dataclass_fields__, *free.split()}
+            for name in [name for name in config if name not in free]:
+                was, flag = began["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
+                start = f"the run in {self.dir} was started with {was}; start a new run to change it"
+                expect(config[name] == was, f"{flag} {config[name]}: {start}")
+            for name, value in data.items():
+                was = began["data"].get(name)
+                expect(value == was, f"--resume: the data {name} are {value}, and were {was}; {change}")
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
         self.info = dict(id=self.id, config=config, data=data)
@@ -961,19 +970,6 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def check_unchanged(self, config, data, free):
-        """Refuse by name what would change the meaning of the run's checkpoint."""
-        began = read_run(self.dir)
-        self.id = began["id"]
-        for name, value in config.items():
-            was, flag = began["config"].get(name, value), f"--{name.replace('_', '-')} {value}"
-            start = f"the run in {self.dir} was started with {was}; start a new run to change it"
-            expect(name in free or value == was, f"{flag}: {start}")
-        for name, value in data.items():
-            was = began["data"].get(name)
-            change = f"the data {name} are {value}, and were {was} when {self.dir} began"
-            expect(value == was, f"--resume: {change}; it would go on with other rows")
-
     def write(self, name, text):
         """Write a file of the directory so that it is whole at any moment."""
         if self.leads:
@@ -991,21 +987,17 @@ class Run:
             with blame(f"--resume: the checkpoint of step {self.saved} in {self.dir} does not fit the model"):
                 restored = self.checkpoints.restore(self.saved, args=ocp.args.Composite(**args))
             state, self.position = restored["state"], restored["position"][jax.process_index()]
-        lines = self.read_lines()
-        lost = self.step == 0 and lines and lines[-1]["step"] > 2 * self.cfg.ckpt_every
-        expect(not lost, f"--resume: {self.dir} was trained, and its checkpoints are gone")
-        lines = [line for line in lines if line["step"] <= self.step]  # the rest comes again
-        self.last = lines[-1] if lines else {}
-        if self.cfg.resume:
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            self.write("run.json", json.dumps(self.info, indent=1))
-        return state
-
-    def read_lines(self):
-        """The lines of metrics.jsonl, but for one that a kill cut short."""
         path = self.dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        lines = [json.loads(line) for line in lines if line.endswith("}\n")]  # a kill may cut one short
+        lost = self.step == 0 and lines and lines[-1]["step"] > 2 * self.cfg.ckpt_every
+        expect(not lost, f"--resume: {self.dir} was trained, and its checkpoints are gone")
+        self.lines = [line for line in lines if line["step"] <= self.step]  # the rest comes again
+        self.last = self.lines[-1] if self.lines else {}
+        if self.cfg.resume:
+            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+            self.write("run.json", json.dumps(self.info, indent=1))
+        return state
 
     @contextmanager
     def training(self, batches, depth, unit, per_step, flops):
@@ -1018,7 +1010,7 @@ class Run:
         device = jax.devices()[0].device_kind
         peak = next((f for name, f in PEAK_FLOPS.items() if re.search(rf"{name}\b", device)), math.inf)
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
-        print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}", flush=True)
+        print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}")
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
         self.waited, self.began = 0.0, time.perf_counter()  # the latter is moved on by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
@@ -1087,14 +1079,14 @@ class Run:
         self.bar.update()
         if self.step == self.first:
             jax.block_until_ready(metrics)
-            self.say(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
+            tqdm.write(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
         if self.cfg.profile and self.step == self.first + 8:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(self.cfg.profile)
         if self.cfg.profile and self.step == self.first + 14:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-            self.say(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
+            tqdm.write(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
 
     def flush(self, validation=None):
         """Fetch the pending metrics, stop at one that is not finite, and write a line of the last step."""
@@ -1112,6 +1104,7 @@ class Run:
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
         line |= {self.unit: step * self.per_step, f"{self.unit}_per_s": rate, "mfu": self.mfu(rate)}
         self.last = line = line | {"data_wait": wait, "bad_records": bad} | (validation or {})
+        self.lines.append(line)
         if self.leads:
             with open(self.dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -1121,7 +1114,8 @@ class Run:
         text += (f" mfu {line['mfu']:.1%}" if line["mfu"] else "") + f" wait {wait:.1%}"
         self.bar.set_postfix_str(text)
         if validation or self.bar.disable:
-            self.say(f"step {step}: {text}" + "".join(f" {k} {v:.4f}" for k, v in (validation or {}).items()))
+            figures = "".join(f" {name} {value:.4f}" for name, value in (validation or {}).items())
+            tqdm.write(f"step {step}: {text}{figures}")
         if validation and self.leads:
             with self.pause():
                 self.draw()
@@ -1133,10 +1127,6 @@ class Run:
         start = time.perf_counter()
         yield
         self.began += time.perf_counter() - start
-
-    def say(self, text):
-        tqdm.write(text)
-        sys.stdout.flush()
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""
@@ -1152,18 +1142,13 @@ class Run:
         """curves.png: losses, the other validation figures, gradient norm and learning rate, by step."""
         from matplotlib.figure import Figure  # half a second to import
 
-        lines = self.read_lines()
-        scores = [[name] for name in lines[-1] if name.startswith("val_") and name != "val_loss"]
+        scores = [[name] for name in self.last if name.startswith("val_") and name != "val_loss"]
         panels = [["loss", "val_loss"], *scores, ["grad_norm"], ["lr"]]
         figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
         for axes, names in zip(figure.subplots(1, len(panels)), panels):
             for name in names:
-                points = [(line["step"], line[name]) for line in lines if name in line]
+                points = [(line["step"], line[name]) for line in self.lines if name in line]
                 axes.plot(*zip(*points), marker="." if name.startswith("val") else "", label=name)
-                if name.startswith("val"):
-                    best = min if name in ("val_loss", "val_bpb") else max
-                    step, value = best(points, key=lambda point: point[1])
-                    axes.plot(step, value, "k*", label=f"best, {value:.4g} at step {step}", zorder=3)
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
         figure.savefig(self.dir / "curves.tmp.png", dpi=100)
@@ -1186,5 +1171,5 @@ class Run:
         print(", ".join([*parts, f"{time.perf_counter() - STARTED:.0f} s in all"]))
         if self.stopped_by and self.step < self.cfg.steps:
             where = f"saved at step {self.saved}" if self.saved else "not one step was finished"
-            print(f"stopped, {where}; go on with --resume --out-dir {self.dir}", flush=True)
+            print(f"stopped, {where}; go on with --resume --out-dir {self.dir}")
             sys.exit(128 + self.stopped_by)

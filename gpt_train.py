@@ -547,7 +547,7 @@ def main(cfg):
                 with run.pause():
                     model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step + 1)
                     texts = complete(model, tokenizer, cfg.prompt or [""], cfg, sample_key)
-                run.say("\n---\n".join(texts))
+                run.bar.write("\n---\n".join(texts))
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last
