@@ -134,13 +134,11 @@ def cli(Config, presets, main, doc):
         join_processes(cfg)
         main(cfg)
         code = 0
-    except (UsageError, RunError) as error:
-        print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    except ModuleNotFoundError as error:
-        package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
-        print(f"{script}.py: needs `pip install {package}`", file=sys.stderr)
-        code = 2
+    except (UsageError, RunError, ModuleNotFoundError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError)
+        text = f"needs `pip install {error.name}`" if is_missing else " ".join(str(error).split())
+        print(f"{script}.py: {text}", file=sys.stderr)
+        code = 1 if isinstance(error, RunError) else 2
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:  # before training, which saves
@@ -206,7 +204,6 @@ def check(cfg, *at_least_one):
         expect(getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
     for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip", "seed"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
-    expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
     expect(0 <= (cfg.dropout or 0) < 1, f"{flag('dropout')}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
@@ -738,12 +735,8 @@ def make_mesh():
 
 def shard_batch(mesh, batch, whole=False):
     """Put host arrays on the mesh, cut along B: this process's rows, or all where each has the `whole`."""
-    cut = NamedSharding(mesh, PartitionSpec("data"))
-    if jax.process_count() == 1:
-        return jax.device_put(batch, cut)
-    if whole:
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, cut, x.__getitem__), batch)
-    return jax.make_array_from_process_local_data(cut, batch)
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.tree.map(lambda x: put(x, x.shape if whole else None), batch)
 
 
 def shard_state(mesh, state, fsdp):
@@ -940,10 +933,8 @@ class Run:
         self.info = dict(id=self.id, config=config, data=data)
         self.info["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.info |= {name: version(name) for name in ("jax", "flax", "optax", "datasets", "transformers")}
-        if self.leads and not cfg.resume:
-            for part in parts:
-                part.save_pretrained(self.dir)
-            self.write("run.json", json.dumps(self.info, indent=1))  # last: what has one can be resumed
+        for part in parts if self.leads and not cfg.resume else ():
+            part.save_pretrained(self.dir)
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, cleanup_tmp_directories=True)
         self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
         self.saved = self.checkpoints.latest_step()
@@ -994,9 +985,8 @@ class Run:
         expect(not lost, f"--resume: {self.dir} was trained, and its checkpoints are gone")
         self.lines = [line for line in lines if line["step"] <= self.step]  # the rest comes again
         self.last = self.lines[-1] if self.lines else {}
-        if self.cfg.resume:
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-            self.write("run.json", json.dumps(self.info, indent=1))
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.write("run.json", json.dumps(self.info, indent=1))  # last: what has one can be resumed
         return state
 
     @contextmanager
@@ -1077,14 +1067,14 @@ class Run:
         self.step, self.state = self.step + 1, state
         self.pending.append((self.step, metrics, self.position["bad_records"]))
         self.bar.update()
-        if self.step == self.first:
+        since = self.step - self.first
+        if since == 0 or (self.cfg.profile and since in (8, 14)):
             jax.block_until_ready(metrics)
+        if since == 0:
             tqdm.write(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
-        if self.cfg.profile and self.step == self.first + 8:
-            jax.block_until_ready(metrics)
+        if self.cfg.profile and since == 8:
             jax.profiler.start_trace(self.cfg.profile)
-        if self.cfg.profile and self.step == self.first + 14:
-            jax.block_until_ready(metrics)
+        if self.cfg.profile and since == 14:
             jax.profiler.stop_trace()
             tqdm.write(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
 
@@ -1151,8 +1141,7 @@ class Run:
                 axes.plot(*zip(*points), marker="." if name.startswith("val") else "", label=name)
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
-        figure.savefig(self.dir / "curves.tmp.png", dpi=100)
-        os.replace(self.dir / "curves.tmp.png", self.dir / "curves.png")
+        figure.savefig(self.dir / "curves.png", dpi=100)
 
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""
