@@ -134,11 +134,12 @@ def cli(Config, presets, main, doc):
         join_processes(cfg)
         main(cfg)
         code = 0
-    except (UsageError, RunError, ModuleNotFoundError) as error:
-        is_missing = isinstance(error, ModuleNotFoundError)
-        text = f"needs `pip install {error.name}`" if is_missing else " ".join(str(error).split())
-        print(f"{script}.py: {text}", file=sys.stderr)
-        code = 1 if isinstance(error, RunError) else 2
+    except (UsageError, RunError) as error:
+        print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        print(f"{script}.py: needs `pip install {error.name}`", file=sys.stderr)
+        code = 2
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:  # before training, which saves
@@ -202,8 +203,9 @@ def check(cfg, *at_least_one):
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(cfg, name)}"
     for name in (*at_least_one, "batch_size", "device_rows", "log_every", "eval_every", "ckpt_every", "keep"):
         expect(getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
-    for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+    for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip"):
         expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
+    expect(0 <= cfg.seed < 1 << 63, f"{flag('seed')}: must be in [0, 2**63)")
     expect(0 <= (cfg.dropout or 0) < 1, f"{flag('dropout')}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
@@ -933,8 +935,9 @@ class Run:
         self.info = dict(id=self.id, config=config, data=data)
         self.info["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.info |= {name: version(name) for name in ("jax", "flax", "optax", "datasets", "transformers")}
-        for part in parts if self.leads and not cfg.resume else ():
-            part.save_pretrained(self.dir)
+        if self.leads and not cfg.resume:
+            for part in parts:
+                part.save_pretrained(self.dir)
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, cleanup_tmp_directories=True)
         self.checkpoints = ocp.CheckpointManager((self.dir / "ckpt").absolute(), options=options)
         self.saved = self.checkpoints.latest_step()
@@ -1139,6 +1142,10 @@ class Run:
             for name in names:
                 points = [(line["step"], line[name]) for line in self.lines if name in line]
                 axes.plot(*zip(*points), marker="." if name.startswith("val") else "", label=name)
+                if name.startswith("val"):
+                    best = min if name in ("val_loss", "val_bpb") else max
+                    step, value = best(points, key=lambda point: point[1])
+                    axes.plot(step, value, "k*", label=f"best, {value:.4g} at step {step}", zorder=3)
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
         figure.savefig(self.dir / "curves.png", dpi=100)
