@@ -429,6 +429,7 @@ def read_texts(files, kind):
                 names = next(rows, [])
                 if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
                     rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
+                expect(len(names) > 1 or ";" not in str(names), "is separated by ;, expected ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
                 for row in filter(None, rows):
@@ -666,7 +667,7 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
     position = position or {"bad": 0, "streams": [stream.position for stream in streams]}
     for stream, begin in zip(streams, position["streams"]):
         stream.position = begin
-    rows, n, bad = [iter(stream) for stream in streams], start, position["bad"]
+    rows, n, bad, left_out = [iter(stream) for stream in streams], start, position["bad"], 0
     batch_size //= jax.process_count()
     weights = np.array(weights or [1] * len(streams))
     decoded = partial(ThreadPoolExecutor(os.cpu_count()).map, decode) if decode else iter
@@ -675,6 +676,9 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
         drawn = rng.choice(len(streams), batch_size, p=weights / weights.sum())
         while len(batch) < batch_size:
             for row in decoded([next(rows[i]) for i in drawn[len(batch) :]]):
+                left_out = left_out + 1 if row is None else 0
+                if left_out == 10_000:
+                    raise RunError("10,000 records in a row are held out; none is left to train on")
                 if isinstance(row, ValueError):
                     bad += 1
                     report_bad(f"a record of batch {n + 1}: {in_brief(row)}", bad, n * batch_size)

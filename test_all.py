@@ -1690,6 +1690,7 @@ BAD[gpt_train] = {
     "--data others": "b.parquet'] has other columns than",
     "--data open.csv": "open.csv: unexpected end of data",
     "--data twice.csv": "twice.csv: has two columns ['text']",
+    "--data semi.csv": "semi.csv: is separated by ;, expected ,",
     "--data utf16.csv": "utf16.csv: is UTF-16, expected UTF-8",
     f"--data {JSON} --val-docs 9": "--val-docs 9: there are 5; ask for fewer, or give --val-data",
     f"--data {JSON} --val-docs 5": "leaves none to train on",
@@ -1733,7 +1734,7 @@ def bad_inputs(tmp_path_factory, bert_folder):
         write({"mixed/a.jsonl": jsonl("a"), "mixed/b.parquet": parquet_of(["b"])})
         write({"rows.jsonl": '{"id": 1, "title": "a", "body": "b"}\n' * 30, "flat/a.png": png(photograph())})
         write({"text.jsonl": '{"text": "a b"}\n' * 30, "utf16.csv": "text\na\n".encode("utf-16")})
-        write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n"})
+        write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n", "semi.csv": "text;b\na;b\n"})
         write({"others/a.parquet": parquet_of(["a"])})
         pq.write_table(pa.table({"body": ["b"]}), "others/b.parquet")
         write({"one.csv": "text,label\n" + "".join(f"a {i},1\n" for i in range(9))})
