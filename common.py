@@ -203,9 +203,9 @@ def check(cfg, *at_least_one):
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(cfg, name)}"
     for name in (*at_least_one, "batch_size", "device_rows", "log_every", "eval_every", "ckpt_every", "keep"):
         expect(getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
-    for name in ("steps", "retries", "warmup_steps", "weight_decay", "grad_clip"):
-        expect(getattr(cfg, name) >= 0, f"{flag(name)}: must not be negative")
-    expect(0 <= cfg.seed < 1 << 63, f"{flag('seed')}: must be in [0, 2**63)")
+    for name in ("steps", "retries", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip", "seed"):
+        expect(0 <= getattr(cfg, name) < math.inf, f"{flag(name)}: must be finite and not negative")
+    expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
     expect(0 <= (cfg.dropout or 0) < 1, f"{flag('dropout')}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
