@@ -1681,6 +1681,7 @@ BAD[gpt_train] = {
     "--data no/such.txt": "--data no/such.txt: no such file",
     "--data a.doc": "--data a.doc: no data in it; expected .parquet",
     "--data rows.jsonl": "cannot tell the text column, one of id, title, body; name one",
+    "--lr nan": "--lr nan: must be finite and not negative",
     "--data-weights 1 2": "--data-weights (1.0, 2.0): expected one for each --data",
     "--data rows.jsonl --data-name nonsense": "rows.jsonl: has no configuration nonsense",
     "--data broken.parquet": "--data broken.parquet: ",
