@@ -214,7 +214,8 @@ def check(cfg, *at_least_one):
     expect(cfg.data, "--data: names no data")
     for name in ("data_name", "data_weights"):
         expect(len(getattr(cfg, name)) in (0, len(cfg.data)), f"{flag(name)}: expected one for each --data")
-    expect(all(weight > 0 for weight in cfg.data_weights), f"{flag('data_weights')}: must be above 0")
+    positive = all(0 < weight < math.inf for weight in cfg.data_weights)
+    expect(positive, f"{flag('data_weights')}: must be above 0")
 
 
 def microbatches(cfg):
@@ -859,6 +860,7 @@ def read_pretrained(kinds, path):
     """
     where = f"--init-from {path}"
     folder = snapshot(path, "--init-from", ["*.json", "*/config.json", "*.txt", "*.model", "*.safetensors"])
+    expect(not (folder / "adapter_config.json").exists(), f"{where}: has a PEFT adapter; merge it first")
     expect((folder / "config.json").exists(), f"{where}: no config.json in it")
     index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     with blame(where):

@@ -591,7 +591,8 @@ def check(cfg):
     expect(least >= 0, "--crop-pad, --mixup, --eval-batches and --num-classes: must not be negative")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
     expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
-    expect(0 <= cfg.ema < 1, f"--ema {cfg.ema}: must be in [0, 1)")
+    for name in ("ema", "momentum", "label_smoothing"):
+        expect(0 <= getattr(cfg, name) < 1, f"--{name.replace('_', '-')}: must be in [0, 1)")
     expect(not cfg.predict or not cfg.steps, "--predict: needs --steps 0, and a model with --init-from")
 
 
