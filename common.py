@@ -298,6 +298,9 @@ def open_source(name, configuration, commit, roles, retries, where):
         # in small blocks: a resume fetches what it needs, not all that lies before it in the file
         options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}}) if is_hub_id else {}
         builder = datasets.load_dataset_builder(name if is_hub_id else str(path), configuration, **options)
+        if hasattr(builder.config, "keep_default_na"):  # a csv as read_texts reads it: NA is a text
+            builder.config.keep_default_na = False
+            builder.config.quoting = csv.QUOTE_NONE if builder.config.sep == "\t" else csv.QUOTE_MINIMAL
         files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
         splits = builder.as_streaming_dataset()
     else:

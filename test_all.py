@@ -325,6 +325,7 @@ def test_every_format_gives_the_same_documents_pictures_and_labels_from_disk_and
 
 DEEP = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
 HALVES = '{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n'
+CARD = card_of({"a": "a.?sv"})
 ODD_TEXTS = {  # files, what to open (or the first of them), the documents and the bad records in them
     "null and NA are words": ({"a.csv": "text\nnull\nNA\n\n5\n"}, None, ["null", "NA", "5"], 0),
     "mark in csv": ({"a.csv": "\ufefftext\na\nb\n"}, None, ["a", "b"], 0),
@@ -340,6 +341,8 @@ ODD_TEXTS = {  # files, what to open (or the first of them), the documents and t
     "file without rows": ({"d/0.parquet": parquet_of([]), "d/1.parquet": parquet_of(["a"])}, "d", ["a"], 0),
     "files of no bytes": ({"d/0.jsonl": "", "d/1.jsonl": jsonl(["a"]), "d/2.jsonl": ""}, "d", ["a"], 0),
     "number on top": ({"a.csv": "1\n2\n"}, None, ["1", "2"], 0),
+    "csv of a card": ({"d/README.md": CARD, "d/a.csv": "text\nNA\n07\n"}, "d", ["NA", "07"], 0),
+    "tsv of a card": ({"d/README.md": CARD, "d/a.tsv": 'text\n"a\nb\n'}, "d", ['"a', "b"], 0),
 }
 
 
