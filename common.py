@@ -235,7 +235,7 @@ KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "
 KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
-BAD = "why a record is bad"  # column of what is read by the line: a corrupt one is one bad record
+LINE = "line of jsonl"  # column of a file that is read by the line, so that a corrupt one is one bad record
 
 
 @dataclasses.dataclass
@@ -411,9 +411,9 @@ def open_files(files, where):
 
 
 def read_texts(files, kind):
-    """Records {column: value} of text files: documents, lines of jsonl, or rows of a csv or tsv.
+    """Records {column: str} of text files: documents, lines of jsonl, or rows of a csv or tsv.
 
-    A csv's fields are as they are written: NA is a text. A tsv has no quoting; a number on top is no header.
+    Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """
     csv.field_size_limit(1 << 30)
     options = dict(encoding="utf-8-sig", errors="replace")
@@ -426,7 +426,7 @@ def read_texts(files, kind):
             if kind == "text":
                 yield {"text": "".join(lines)}
             elif kind == "jsonl":
-                yield from map(parse, lines)
+                yield from ({LINE: line} for line in lines)
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
                 rows = csv.reader(lines, strict=True, **tabs)  # else an open quote takes the rest of the file
@@ -436,18 +436,8 @@ def read_texts(files, kind):
                 expect(len(names) > 1 or ";" not in str(names), "is separated by ;, expected ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
-                for row in filter(None, rows):
-                    why = None if len(row) == len(names) else f"{len(row)} fields, expected {len(names)}"
-                    yield dict(zip(names, row)) | {BAD: why}
-
-
-def parse(line):
-    """The object in a line of jsonl, and what is BAD about it; nothing is in an empty line."""
-    try:
-        record = json.loads(line.strip() or "{}")
-        return record | {BAD: None} if isinstance(record, dict) else {BAD: "not a JSON object"}
-    except (ValueError, RecursionError) as error:
-        return {BAD: in_brief(error)}
+                for row in filter(None, rows):  # one of another length is bad: as a list it is no text
+                    yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
 def open_pictures(files, where):
@@ -479,9 +469,11 @@ def open_pictures(files, where):
 
 def find_columns(roles, dataset, where):
     """{role: column}: the one asked for, else the only one of its type, its usual name, or that is left."""
-    records = [*islice(dataset, 10)]
-    names = dict.fromkeys(name for record in records for name in record if not record.get(BAD))
-    names = [name for name in names if name != BAD and not name.startswith("__")]
+    records = []
+    for record in islice(dataset, 10):
+        with suppress(ValueError):  # a bad one
+            records.append(parse(record))
+    names = [*dict.fromkeys(name for record in records for name in record if not name.startswith("__"))]
     expect(names, f"{where}: no records in it, or none of the first ones can be read")
     types, features = {"image": datasets.Image, "label": datasets.ClassLabel}, dataset.features or {}
     usual = {"text": ["text"], "label": ["label", "labels", "cls", "class"], "image": ["image"]}
@@ -505,10 +497,8 @@ def sift(records, columns, classes=None):
     """The good ones of {column: list} as {role: list}, and {offset: why} of the bad. Empty is neither."""
     good, bad = {role: [] for role in columns}, {}
     for i, values in enumerate(zip(*records.values())):
-        record = dict(zip(records, values))
         try:
-            if record.get(BAD):
-                raise ValueError(record[BAD])
+            record = parse(dict(zip(records, values)))
             row = {role: usable(role, record.get(column), classes) for role, column in columns.items()}
         except ValueError as error:
             bad[i] = in_brief(error)
@@ -517,6 +507,19 @@ def sift(records, columns, classes=None):
             for role, value in row.items():
                 good[role].append(value)
     return good, bad
+
+
+def parse(record):
+    """A record {column: value}; a line of jsonl as the object in it, {} if it is empty. Raises ValueError."""
+    if LINE not in record:
+        return record
+    try:
+        record = json.loads(record[LINE].strip() or "{}")
+    except RecursionError as error:
+        raise ValueError("JSON too deep") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
 
 
 def usable(role, value, classes):
