@@ -512,7 +512,9 @@ def embed_options(cfg):
     kinds = ", ".join(module["type"].rpartition(".")[2] for module in modules)
     known = kinds in ("Transformer, Pooling", "Transformer, Pooling, Normalize") and not modules[0]["path"]
     expect(known, f"modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
-    for file in (*folder.glob("*sentence_*.json"), folder / modules[1]["path"] / "config.json"):
+    files = [*folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
+    files += [*folder.glob("config_sentence_transformers.json"), folder / modules[1]["path"] / "config.json"]
+    for file in files:
         settings |= json.loads(file.read_text())
     limit = settings.get("max_seq_length")
     expect(limit is None or (type(limit) is int and limit > 2), f"max_seq_length is {limit}")

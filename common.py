@@ -138,7 +138,8 @@ def cli(Config, presets, main, doc):
         print(f"{script}.py: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
-        print(f"{script}.py: needs `pip install {error.name}`", file=sys.stderr)
+        package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+        print(f"{script}.py: needs `pip install {package}`", file=sys.stderr)
         code = 2
     except SystemExit as stop:
         code = stop.code
@@ -1082,14 +1083,14 @@ class Run:
         self.step, self.state = self.step + 1, state
         self.pending.append((self.step, metrics, self.position["bad_records"]))
         self.bar.update()
-        since = self.step - self.first
-        if since == 0 or (self.cfg.profile and since in (8, 14)):
+        if self.step == self.first:
             jax.block_until_ready(metrics)
-        if since == 0:
             tqdm.write(f"first step {time.perf_counter() - STARTED:.1f} s after the start")
-        if self.cfg.profile and since == 8:
+        if self.cfg.profile and self.step == self.first + 8:
+            jax.block_until_ready(metrics)
             jax.profiler.start_trace(self.cfg.profile)
-        if self.cfg.profile and since == 14:
+        if self.cfg.profile and self.step == self.first + 14:
+            jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             tqdm.write(f"a profile of steps 10 to 15 is in {self.cfg.profile}")
 
@@ -1160,7 +1161,8 @@ class Run:
                     axes.plot(step, value, "k*", label=f"best, {value:.4g} at step {step}", zorder=3)
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
-        figure.savefig(self.dir / "curves.png", dpi=100)
+        figure.savefig(self.dir / "curves.tmp.png", dpi=100)
+        os.replace(self.dir / "curves.tmp.png", self.dir / "curves.png")
 
     def sum_up(self):
         """Say how fast it went; where a signal ended it, say how to go on, and exit."""

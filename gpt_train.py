@@ -446,6 +446,8 @@ def complete(model, tokenizer, prompts, cfg, key):
     ids = encode_prompts(tokenizer, prompts, positions)
     lengths = [len(row) for row in ids]
     new = min(cfg.max_new_tokens, positions - max(lengths))
+    if new < cfg.max_new_tokens:
+        print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
     tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in ids])
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
     out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **options))
@@ -477,9 +479,9 @@ def build(cfg, tokenizer):
         return nnx.jit(lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed)))()
     rates = {} if cfg.dropout is None else rates
     model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
-    known = model.config.vocab_size
+    name, known = cfg.tokenizer or cfg.init_from, model.config.vocab_size
     fits = known == V if cfg.tokenizer == "byte" else known >= V
-    expect(fits, f"--tokenizer: has ids up to {V - 1}, and {cfg.init_from} knows {known}")
+    expect(fits, f"--tokenizer {name}: ids up to {V - 1}, and {cfg.init_from} knows {known}")
     return model
 
 
