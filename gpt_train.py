@@ -532,8 +532,8 @@ def main(cfg):
     print(f"model      GPT-2, {size(model) / 1e6:.1f} M parameters, {cfg.dtype}, on {run.info['devices']}")
     print(f"data       {' '.join((*cfg.data, *cfg.data_name))}, validation on {len(val_texts)} documents")
     print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens, {1 / tokens_per_byte:.2f} bytes a token")
-    rows = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
-    print(f"step       {rows}, {accum} microbatches, {cfg.optimizer}")
+    size_of_step = f"{cfg.batch_size} rows x {T} = {cfg.batch_size * T:,} tokens"
+    print(f"step       {size_of_step}, {accum} microbatches, {cfg.optimizer}")
     del model  # with --fsdp, or the first device would keep it whole
 
     with run.training(batches, 128, "tokens", cfg.batch_size * T, flops):
