@@ -312,11 +312,11 @@ OPTIONAL = ("cls.", "classifier.", "bert.pooler.", "bert.embeddings.position_ids
 
 def read_weights(path):
     """(config, {name: array}) of a BERT, with our names and shapes. Raises UsageError for what is none."""
-    config, stored, _ = common.read_pretrained((BertConfig, MegatronBertConfig), path)
-    where, weights = f"--init-from {path}", {}
     followed = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size layer_norm_eps"
     followed += " hidden_dropout_prob attention_probs_dropout_prob max_position_embeddings type_vocab_size"
-    common.refuse_others(config, followed + " classifier_dropout chunk_size_feed_forward", where)
+    followed += " classifier_dropout chunk_size_feed_forward"
+    config, stored, _ = common.read_pretrained((BertConfig, MegatronBertConfig), path, followed)
+    weights = {}
     for given, w in stored.items():
         # the oldest files have gamma and beta, and bare encoders no prefix
         name = given.replace(".gamma", ".weight").replace(".beta", ".bias")
@@ -325,10 +325,10 @@ def read_weights(path):
         name = TIED.get(name, name)
         w = w if "_embeddings." in name else w.T  # kernels are (out, in) there
         if name == WORDS:
-            expect(len(w) == config.vocab_size, f"{where}: {name} has {len(w)} rows, not {config.vocab_size}")
+            expect(len(w) == config.vocab_size, f"{name} has {len(w)} rows, not {config.vocab_size}")
             w = np.pad(w, [(0, -len(w) % 128), (0, 0)])
         same = np.array_equal(weights.setdefault(name, w), w)
-        expect(same, f"{where}: {given} is not {name}; only tied ones are supported")
+        expect(same, f"{given} is not {name}; only tied ones are supported")
     return config, weights
 
 
@@ -338,7 +338,7 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
     `head`: mlm, classify, None, or any that the checkpoint has; with a `seed` one that it lacks is drawn. A
     classifier's outputs are put in the order of the names `classes`.
     """
-    (config, weights), where, why = read_weights(path), f"--init-from {path}", ""
+    (config, weights), why = read_weights(path), ""
     config.update(overrides)
     classifier = [name for name in weights if name.startswith("classifier.")]
     if head == "any":
@@ -360,9 +360,9 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
     model = nnx.eval_shape(create) if seed is None else nnx.jit(create)()
     names = checkpoint_names(model)
     weights = {name: w for name, w in weights.items() if name in names or not name.startswith(OPTIONAL)}
-    new = common.load_weights(names, weights, where, OPTIONAL)
+    new = common.load_weights(names, weights, OPTIONAL)
     why = why or f"has no {', '.join(new)}"
-    expect(seed is not None or not new, f"{where}: {why}, so no head for {head}")
+    expect(seed is not None or not new, f"{why}, so no head for {head}")
     if new:
         print(f"head       new: {why}")
     return model
@@ -623,7 +623,8 @@ def build(cfg, tokenizer, head, classes=None):
     fields = dict.fromkeys(rates.split(), cfg.dropout or 0.0)
     if cfg.init_from:
         options |= dict(classes=classes, seed=cfg.seed if cfg.steps else None)
-        model = from_pretrained(cfg.init_from, **options, **({} if cfg.dropout is None else fields))
+        with common.blame(f"--init-from {cfg.init_from}"):
+            model = from_pretrained(cfg.init_from, **options, **({} if cfg.dropout is None else fields))
         known = model.config.vocab_size
         expect(known >= V, f"--tokenizer: ids up to {V - 1}, and {cfg.init_from} knows {known}")
         return model

@@ -77,14 +77,15 @@ def expect(condition, message):
 
 
 def in_brief(error):
-    if not isinstance(error, UsageError):
-        error = error.__cause__ or error  # some libraries wrap, and tell nothing
+    if isinstance(error, UsageError):
+        return str(error)
+    error = error.__cause__ or error  # some libraries wrap, and tell nothing
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def blame(where):
-    """Any error of a library is a UsageError that names `where`; they raise some twenty kinds."""
+    """Any error is a UsageError that names `where`; libraries raise some twenty kinds."""
     try:
         yield
     except Exception as error:
@@ -254,43 +255,39 @@ class Source:
         """The name of the split to validate on: "train" where none is set apart."""
         return next(name for name in ("validation", "test", "train") if name in self.splits)
 
-    def stream(self, make_rows, window, seed, split="train"):
-        """The rows of a split, see Stream."""
-        options = dict(window=window, seed=seed, classes=self.classes, retries=self.retries)
-        return Stream(self.splits[split], self.columns, make_rows, **options)
 
-
-def open_data(cfg, roles, names=None, flag="--data"):
-    """[Source] of each --data, or of each of `names`, which `flag` gave. Raises UsageError.
+def open_data(cfg, roles, field="data"):
+    """[Source] of each --data, or with `field` of each --val-data. Raises UsageError.
 
     `roles`: {text, label or image: name of its column, or None to find it}.
     """
+    names, configurations = getattr(cfg, field), cfg.data_name if field == "data" else ()
     limit = datasets.config  # theirs hide a fault for minutes; ours are low, then Stream opens the data again
     limit.STREAMING_READ_MAX_RETRIES, limit.STREAMING_READ_RETRY_INTERVAL = 2, 1
     limit.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
     limit.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
-    if any("://" in name for name in names or cfg.data):
+    if any("://" in name for name in names):
         import aiohttp  # slow to import
 
         stalled = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30)}}
         fsspec.config.conf |= {"http": stalled, "https": stalled}
     data_then = read_run(cfg.out_dir)["data"] if cfg.resume and cfg.out_dir else {}
-    sources, configurations = [], [] if names else cfg.data_name
-    for i, name in enumerate(names or cfg.data):
+    sources = []
+    for i, name in enumerate(names):
         configuration = configurations[i] if configurations and configurations[i] != "-" else None
         commit = data_then.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
-        with blame(f"{flag} {name}"):
-            sources.append(open_source(name, configuration, commit, roles, cfg.retries, f"{flag} {name}"))
+        with blame(f"--{field.replace('_', '-')} {name}"):
+            sources.append(open_source(name, configuration, commit, roles, cfg.retries))
     return sources
 
 
-def open_source(name, configuration, commit, roles, retries, where):
+def open_source(name, configuration, commit, roles, retries):
     name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
     path, files = Path(name).expanduser(), {}
     is_made = name in ("digits", "synthetic")
     is_path = path.exists() or kind_of(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     is_hub_id = not is_made and not is_path
-    expect(not configuration or is_hub_id or path.is_dir(), f"{where}: has no configuration {configuration}")
+    expect(not configuration or is_hub_id or path.is_dir(), f"has no configuration {configuration}")
     card = path / "README.md"
     has_card = card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)
     if is_made:
@@ -305,19 +302,19 @@ def open_source(name, configuration, commit, roles, retries, where):
         files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
         splits = builder.as_streaming_dataset()
     else:
-        files = {"train": [name]} if "://" in name else find_files(path, roles, where)
-        splits = open_files(files, where)
+        files = {"train": [name]} if "://" in name else find_files(path, roles)
+        splits = open_files(files)
     splits = {SPLITS.get(split, split): ds for split, ds in splits.items()}
     splits = splits if len(splits) > 1 else {"train": next(iter(splits.values()))}
-    expect("train" in splits, f"{where}: has no train split, only {', '.join(splits)}")
+    expect("train" in splits, f"has no train split, only {', '.join(splits)}")
     for split, ds in splits.items():
         if any(isinstance(feature, datasets.Image) for feature in (ds.features or {}).values()):
             splits[split] = ds.decode(False)  # pictures are decoded later, in threads
     train, world = splits["train"], jax.process_count()
-    columns = find_columns(roles, train, where)
+    columns = find_columns(roles, train)
     classes = getattr((train.features or {}).get(columns.get("label")), "names", None)
     shards = train.reshard().num_shards if world > 1 else 1
-    expect(shards >= world, f"{where}: {shards} shards (files, row groups) for {world} processes")
+    expect(shards >= world, f"{shards} shards (files, row groups) for {world} processes")
     sizes = [(f, os.path.getsize(f) if os.path.exists(f) else None) for part in files.values() for f in part]
     commit = re.search(r"@([0-9a-f]{40})/", str(sizes))
     same = dict(columns=columns, files=digest(sizes), commit=commit and commit[1], processes=world)
@@ -364,26 +361,26 @@ def split_in(name):
     return next((SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS), None)
 
 
-def find_files(path, roles, where):
+def find_files(path, roles):
     """{split: [file]} of a file, a glob or a folder: of one kind, and none of them empty."""
     pattern = escape(str(path)) + "/**" if path.is_dir() else str(path)
     files = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
-    expect(files, f"{where}: no such file")
+    expect(files, "no such file")
     if path.is_dir():
         is_saved = {"state.json", "dataset_info.json"} <= {Path(file).name for file in files}
-        expect(not is_saved, f"{where}: was written by save_to_disk; write it with to_parquet")
+        expect(not is_saved, "was written by save_to_disk; write it with to_parquet")
         files = [file for file in files if Path(file).name != "README.md"]  # a data set's card
     kinds = {file: kind_of(file) for file in files if os.path.getsize(file)}
     pictures = "image" in roles and "images" in kinds.values()  # a table beside pictures does not hide them
     files = [file for file, kind in kinds.items() if kind and (kind == "images") == pictures]
-    expect(files, f"{where}: no data in it; expected {' '.join(KINDS)}")
+    expect(files, f"no data in it; expected {' '.join(KINDS)}")
     kind, *others = sorted({kinds[file] for file in files})
-    expect(not others, f"{where}: holds {kind}, {', '.join(others)}; name one kind, as in '**/*.parquet'")
+    expect(not others, f"holds {kind}, {', '.join(others)}; name one kind, as in '**/*.parquet'")
     if kind == "parquet":  # one without rows may have no types, and the first one's are those of all
         footers = {file: pq.read_metadata(file) for file in files}
         files = [file for file in files if footers[file].num_rows] or files
         unlike = [f for f in files if {*footers[f].schema.names} != {*footers[files[0]].schema.names}]
-        expect(not unlike, f"{where}: {unlike[:1]} has other columns than {files[0]}")
+        expect(not unlike, f"{unlike[:1]} has other columns than {files[0]}")
     root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in files])
     splits = {}
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
@@ -393,13 +390,13 @@ def find_files(path, roles, where):
     return splits
 
 
-def open_files(files, where):
+def open_files(files):
     """{split: IterableDataset} of {split: [file]}."""
     first = next(iter(files.values()))[0]
     kind, options = kind_of(first), {}
-    expect(kind, f"{where}: cannot tell what it is from its name; expected {' '.join(KINDS)}")
+    expect(kind, f"cannot tell what it is from its name; expected {' '.join(KINDS)}")
     if kind == "images":
-        return open_pictures(files, where)
+        return open_pictures(files)
     if kind in ("text", "jsonl", "csv", "tsv"):
         read = lambda part: dict(generator=read_texts, gen_kwargs=dict(files=part, kind=kind))
         return {s: datasets.IterableDataset.from_generator(**read(part)) for s, part in files.items()}
@@ -441,7 +438,7 @@ def read_texts(files, kind):
                     yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
-def open_pictures(files, where):
+def open_pictures(files):
     """Every picture is a shard: epochs are whole permutations. Its class is the folder below the split's."""
     root = os.path.commonpath([Path(file).parent for part in files.values() for file in part])
 
@@ -456,7 +453,7 @@ def open_pictures(files, where):
 
     classes = sorted({class_of(file) for file in files.get("train", ())})
     layout = "expected CLASS/picture.png or train/CLASS/picture.png"
-    expect(len(classes) > 1 and "" not in classes, f"{where}: its pictures are in no class folders; {layout}")
+    expect(len(classes) > 1 and "" not in classes, f"its pictures are in no class folders; {layout}")
     label, splits = datasets.ClassLabel(names=classes), {}
     features = datasets.Features(image=datasets.Image(decode=False), label=label)
     for split, part in files.items():
@@ -464,18 +461,18 @@ def open_pictures(files, where):
             arguments = dict(features=features, gen_kwargs={"files": part})
             splits[split] = datasets.IterableDataset.from_generator(read, **arguments)
         else:
-            print(f"{where}: its {split} pictures are in other folders than train's, and are left out")
+            print(f"{root}: the {split} pictures are in other folders than train's, and are left out")
     return splits
 
 
-def find_columns(roles, dataset, where):
+def find_columns(roles, dataset):
     """{role: column}: the one asked for, else the only one of its type, its usual name, or that is left."""
     records = []
     for record in islice(dataset, 10):
         with suppress(ValueError):  # a bad one
             records.append(parse(record))
     names = [*dict.fromkeys(name for record in records for name in record if not name.startswith("__"))]
-    expect(names, f"{where}: no records in it, or none of the first ones can be read")
+    expect(names, "no records in it, or none of the first ones can be read")
     types, features = {"image": datasets.Image, "label": datasets.ClassLabel}, dataset.features or {}
     usual = {"text": ["text"], "label": ["label", "labels", "cls", "class"], "image": ["image"]}
     columns = {}
@@ -487,9 +484,9 @@ def find_columns(roles, dataset, where):
         holds = {"text": "texts", "label": "whole numbers from 0", "image": "encoded pictures"}[role]
         others = f"one of {', '.join(names)}; name one of {holds}: --{role}-column"
         what = f"no column {asked}" if asked else f"cannot tell the {role} column"
-        expect(found in names, f"{where}: {what}, {others}")
+        expect(found in names, f"{what}, {others}")
         good, _ = sift({found: [record.get(found) for record in records]}, {role: found})
-        expect(good[role], f"{where}: no {role} in column {found}, {others}")
+        expect(good[role], f"no {role} in column {found}, {others}")
         columns[role] = found
     return {role: columns[role] for role in roles}
 
@@ -542,22 +539,22 @@ def usable(role, value, classes):
 
 
 class Stream:
-    """Rows made of an IterableDataset for ever: epoch after epoch, each in an order of its own.
+    """Rows made of a split of a Source for ever: epoch after epoch, each in an order of its own.
 
     make_rows({role: list} of the good ones among `window` records, rng) -> list of rows; the same records and
-    rng must give the same rows. `columns`: {role: column}. With seed None, one pass in the files' own order.
-    `position` (JSON) is that of the row last given: a Stream begun there goes on with the same rows. Data
-    that fail are opened again, `retries` times in a row. Raises RunError.
+    rng must give the same rows. With seed None, one pass in the files' own order. `position` (JSON) is that
+    of the row last given: a Stream begun there goes on with the same rows. Data that fail are opened again,
+    the source's `retries` times in a row. Raises RunError.
     """
 
-    def __init__(self, dataset, columns, make_rows, *, window, seed, classes=None, retries=0):
-        named = dataset.column_names  # unknown of text files and of other generators
-        self.dataset = dataset.select_columns(sorted({*columns.values()})) if named else dataset
+    def __init__(self, source, make_rows, window, seed, split="train"):
+        self.source, self.make_rows, self.window, self.seed = source, make_rows, window, seed
+        self.dataset = source.splits[split]
+        if self.dataset.column_names:  # unknown of text files and of other generators
+            self.dataset = self.dataset.select_columns(sorted({*source.columns.values()}))
         if seed is not None:  # shards (row groups of parquet) are shuffled, and shared by the processes
             rank, world = jax.process_index(), jax.process_count()
             self.dataset = split_dataset_by_node(self.dataset.reshard(), rank, world, strategy="shards")
-        self.columns, self.make_rows, self.classes = columns, make_rows, classes
-        self.window, self.seed, self.retries = window, seed, retries
         # of the window under way: epoch, what `datasets` needs to open it, number of its first record, rows
         # given; of all epochs: records read, bad ones
         self.position = dict(epoch=0, state=None, record=0, row=0, seen=0, bad=0)
@@ -565,7 +562,7 @@ class Stream:
     def __iter__(self):
         for records in self.windows():
             at, n = self.position, len(next(iter(records.values())))
-            good, bad = sift(records, self.columns, self.classes)
+            good, bad = sift(records, self.source.columns, self.source.classes)
             rng = np.random.default_rng([self.seed or 0, at["epoch"], jax.process_index(), at["record"]])
             rows = self.make_rows(good, rng)
             if at["row"] == 0:  # else they were counted before the stream was opened again
@@ -594,7 +591,7 @@ class Stream:
                     yield records
             except Exception as error:  # the network's, pyarrow's, pandas' and zlib's have no common kind
                 failures += 1
-                wait_after(error, failures, self.retries)
+                wait_after(error, failures, self.source.retries)
                 continue
             if self.seed is None:
                 return
@@ -648,8 +645,8 @@ def hold_out_texts(cfg, sources, roles=None):
     """
     roles = roles or {"text": cfg.text_column}
     make_rows = lambda records, rng: records["text"] if len(roles) == 1 else [*zip(*records.values())]
-    texts = lambda source, split: source.stream(make_rows, 16, None, split)
-    held = open_data(cfg, roles, cfg.val_data, "--val-data") if cfg.val_data else sources
+    texts = lambda source, split: Stream(source, make_rows, 16, None, split)
+    held = open_data(cfg, roles, "val_data") if cfg.val_data else sources
     same = all(source.classes == sources[0].classes for source in (*sources, *held))
     expect(same, f"--data {' '.join(cfg.data)}: not all of it, validation included, names the same classes")
     shares = [(cfg.val_docs + i) // len(held) for i in range(len(held))]
@@ -700,7 +697,7 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
 
 
 def open_batches(cfg, sources, make_rows, run, decode=None):
-    streams = [source.stream(make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
+    streams = [Stream(source, make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
     begin = dict(start=run.step, position=run.position, weights=cfg.data_weights)
     return batches(streams, cfg.batch_size, seed=cfg.seed, decode=decode, **begin)
 
@@ -802,11 +799,11 @@ def load_tokenizer(name):
     folder = snapshot(name, "--tokenizer or --init-from", patterns)
     with blame(f"--tokenizer {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    real = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
-    expect(real, f"--tokenizer {name}: no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
-    rate = getattr(tokenizer.backend_tokenizer.model, "dropout", None)
-    expect(not rate, f"--tokenizer {name}: has a dropout of {rate}, and a resume could not repeat its rows")
-    return tokenizer
+        is_fast = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
+        expect(is_fast, "no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
+        rate = getattr(tokenizer.backend_tokenizer.model, "dropout", None)
+        expect(not rate, f"has a dropout of {rate}, and a resume could not repeat its rows")
+        return tokenizer
 
 
 def encode(tokenizer, texts, end=()):
@@ -850,39 +847,35 @@ def match_classes(theirs, classes):
     return [*range(len(classes))] if (numbers or alike) and len(theirs) == len(classes) else None
 
 
-def refuse_others(config, followed, where):
-    """Refuse a field of a config by name that is neither `followed` nor at the default of its class."""
-    defaults = dict(position_embedding_type="absolute") | type(config)().to_dict()  # the former in old files
-    for name, only in defaults.items():
-        value = getattr(config, name, only)
-        known = name in [*followed.split(), *NOT_COMPUTED.split()]
-        known = known or value == "single_label_classification"  # of problem_type: what our heads do
-        expect(known or value == only, f"{where}: {name} is {value}, only {only} is supported")
-
-
-def read_pretrained(kinds, path):
+def read_pretrained(kinds, path, followed):
     """(transformers config of one of the classes `kinds`, {name: array}, folder) of a folder or a hub id.
 
-    Raises UsageError where a file is missing, or the model is another one.
+    Raises UsageError where a file is missing, the model is another one, or a field of its config is neither
+    one of those `followed` nor at the default of its class.
     """
-    where = f"--init-from {path}"
     folder = snapshot(path, "--init-from", ["*.json", "*/config.json", "*.txt", "*.model", "*.safetensors"])
-    expect(not (folder / "adapter_config.json").exists(), f"{where}: has a PEFT adapter; merge it first")
-    expect((folder / "config.json").exists(), f"{where}: no config.json in it")
+    expect(not (folder / "adapter_config.json").exists(), "has a PEFT adapter; merge it first")
+    expect((folder / "config.json").exists(), "no config.json in it")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    known = {kind.model_type: kind for kind in kinds}
+    expect(model_type in known, f"a {model_type} model, expected {' or '.join(known)}")
+    config = known[model_type].from_pretrained(folder)
+    defaults = dict(position_embedding_type="absolute") | type(config)().to_dict()  # the former in old files
+    free = [*followed.split(), *NOT_COMPUTED.split()]
+    for name, only in defaults.items():
+        value = getattr(config, name, only)
+        is_ours = name in free or value in (only, "single_label_classification")  # what our heads do
+        expect(is_ours, f"{name} is {value}, only {only} is supported")
     index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-    with blame(where):
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        known = {kind.model_type: kind for kind in kinds}
-        expect(model_type in known, f"{where}: a {model_type} model, expected {' or '.join(known)}")
-        if index.exists():
-            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        for file in files:
-            expect((folder / file).exists(), f"{where}: no {file} in it, and no other format is read")
-            weights |= load_file(folder / file)
-        return known[model_type].from_pretrained(folder), weights, folder
+    if index.exists():
+        files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    for file in files:
+        expect((folder / file).exists(), f"no {file} in it, and no other format is read")
+        weights |= load_file(folder / file)
+    return config, weights, folder
 
 
-def load_weights(names, weights, where, may_lack=()):
+def load_weights(names, weights, may_lack=()):
     """Put `weights` {name: array}, in our shapes, into the parameters of `names` {name: parameter}.
 
     Raises UsageError for one that is missing, has another shape or no place. Names that begin with one of
@@ -890,11 +883,11 @@ def load_weights(names, weights, where, may_lack=()):
     """
     lacking = [name for name in names if name not in weights]
     missing = [name for name in lacking if not name.startswith(tuple(may_lack))]
-    expect(not missing, f"{where}: {missing[:1]} is missing")
+    expect(not missing, f"{missing[:1]} is missing")
     others = [name for name in weights if name not in names]
-    expect(not others, f"{where}: {others[:1]} has no place in the model")
+    expect(not others, f"{others[:1]} has no place in the model")
     for name, w in weights.items():
-        expect(w.shape == names[name].shape, f"{where}: {name} is {w.shape}, expected {names[name].shape}")
+        expect(w.shape == names[name].shape, f"{name} is {w.shape}, expected {names[name].shape}")
         names[name].set_value(jnp.asarray(w.astype(np.float32)))
     return lacking
 
@@ -963,14 +956,14 @@ class Run:
                 with suppress(FileExistsError):
                     path.mkdir(parents=True)
                     return path
-        path, where = Path(self.cfg.out_dir), f"--out-dir {self.cfg.out_dir}"
+        path = Path(self.cfg.out_dir)
         if not self.cfg.resume and path.exists() and (path.is_file() or any(path.iterdir())):
             is_run = (path / "run.json").exists()
-            expect(is_run, f"{where}: not empty and not a run; choose another directory")
+            expect(is_run, "not empty and not a run; choose another directory")
             choices = "--resume to go on with it, --overwrite to start again, or choose another directory"
-            expect(self.cfg.overwrite, f"{where}: holds a run already; {choices}")
+            expect(self.cfg.overwrite, f"holds a run already; {choices}")
             start = self.cfg.init_from and Path(self.cfg.init_from).expanduser().resolve()
-            expect(start != path.resolve(), f"{where}: --overwrite would delete --init-from {start}")
+            expect(start != path.resolve(), f"--overwrite would delete --init-from {start}")
             shutil.rmtree(path / "ckpt", ignore_errors=True)
             for name in ("run.json", "metrics.jsonl", "curves.png", "predictions.png", "model.safetensors"):
                 (path / name).unlink(missing_ok=True)

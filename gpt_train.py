@@ -259,23 +259,22 @@ class GPT(nnx.Module):
 
 def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
     """The GPT of a hub id, a folder or a run directory; `overrides` change its config. Raises UsageError."""
-    (config, stored, _), where = common.read_pretrained((GPT2Config,), path), f"--init-from {path}"
     followed = "vocab_size n_positions n_embd n_layer n_head layer_norm_epsilon "
     followed += "embd_pdrop attn_pdrop resid_pdrop"
-    common.refuse_others(config, followed, where)
+    config, stored, _ = common.read_pretrained((GPT2Config,), path, followed)
     config.update(overrides)
     weights, V = {}, config.vocab_size
     for given, w in stored.items():
         # the head is tied to wte: the table is stored under either name, or both
         name = given.removeprefix("transformer.").replace("lm_head.", "wte.")
         if name == "wte.weight":
-            expect(len(w) == V, f"{where}: {given} has {len(w)} rows, and vocab_size is {V}")
+            expect(len(w) == V, f"{given} has {len(w)} rows, and vocab_size is {V}")
             w = np.pad(w, [(0, -V % 128), (0, 0)])
         if not name.endswith((".attn.bias", ".masked_bias")):  # masks in old files
             same = np.array_equal(weights.setdefault(name, w), w)
-            expect(same, f"{where}: lm_head.weight is not wte.weight; only tied ones are supported")
+            expect(same, "lm_head.weight is not wte.weight; only tied ones are supported")
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    common.load_weights(checkpoint_names(model), weights, where)
+    common.load_weights(checkpoint_names(model), weights)
     return model
 
 
@@ -478,7 +477,8 @@ def build(cfg, tokenizer):
         config = GPT2Config(vocab_size=V, bos_token_id=eos, eos_token_id=eos, **sizes, **rates)
         return nnx.jit(lambda: GPT(config, dtype=cfg.dtype, remat=cfg.remat, rngs=nnx.Rngs(cfg.seed)))()
     rates = {} if cfg.dropout is None else rates
-    model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
+    with common.blame(f"--init-from {cfg.init_from}"):
+        model = from_pretrained(cfg.init_from, dtype=cfg.dtype, remat=cfg.remat, **rates)
     name, known = cfg.tokenizer or cfg.init_from, model.config.vocab_size
     fits = known == V if cfg.tokenizer == "byte" else known >= V
     expect(fits, f"--tokenizer {name}: ids up to {V - 1}, and {cfg.init_from} knows {known}")

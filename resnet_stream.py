@@ -117,7 +117,7 @@ def open_sources(cfg):
     train = common.open_data(cfg, roles)
     held, one_in, names = train, cfg.val_every, train[0].classes
     if cfg.val_data:
-        held, one_in = common.open_data(cfg, roles, cfg.val_data, "--val-data"), 1
+        held, one_in = common.open_data(cfg, roles, "val_data"), 1
     for source in (*train, *held):
         same = source.classes == names
         expect(same, f"--data, --val-data: have other classes: {brief(names)}; {brief(source.classes)}")
@@ -197,7 +197,7 @@ def validation_rows(sources, view, retries):
     pool, seen, bad = ThreadPoolExecutor(os.cpu_count()), 0, 0
     crop = lambda data, _: view.pixels(open_image(data))
     for source, one_in in sources:
-        rows = iter(source.stream(make_rows, 64, None, source.validation))
+        rows = iter(common.Stream(source, make_rows, 64, None, source.validation))
         while chunk := list(islice(rows, 64)):
             seen += len(chunk)
             for row in pool.map(partial(decode, crop, one_in, True, retries), chunk):
@@ -231,9 +231,9 @@ class View:
         return images.astype(jnp.float32) * self.slope + self.offset
 
 
-def read_view(folder, size, where):
+def read_view(folder, size):
     """The view in a model's folder, or transformers' default for a ResNet; with `size` for pictures of it."""
-    with common.blame(f"{where}: preprocessor_config.json"):
+    with common.blame("preprocessor_config.json"):
         processor = ConvNextImageProcessorPil()
         if any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -377,21 +377,20 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     Its outputs are put in the order of the names `classes`, or with `new_head` begin anew where these are
     others. `size` is another side for pictures; `options` are ResNet's. Raises UsageError.
     """
-    (config, weights, folder), where = common.read_pretrained((ResNetConfig,), path), f"--init-from {path}"
     followed = "depths hidden_sizes embedding_size layer_type out_features out_indices stage_names"
-    common.refuse_others(config, followed, where)
+    config, weights, folder = common.read_pretrained((ResNetConfig,), path, followed)
     stem = getattr(config, "stem", "imagenet")
-    expect(stem in ("imagenet", "cifar"), f"{where}: stem is {stem}, only imagenet and cifar are supported")
+    expect(stem in ("imagenet", "cifar"), f"stem is {stem}, only imagenet and cifar are supported")
     theirs = common.class_names(config) if "classifier.1.weight" in weights else []
     order = common.match_classes(theirs, classes) if classes else [*range(len(theirs))]
     others = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
-    expect(order or (classes and new_head), f"{where}: {others}")
+    expect(order or (classes and new_head), others)
     if not order:
         print(f"head       new: {others}")
     if classes:
         keeps = order and all(map(str.isdecimal, classes))  # the data do not name theirs
         config.update(common.label_names([theirs[i] for i in order] if keeps else classes))
-    view = read_view(folder, size, where)
+    view = read_view(folder, size)
     create = lambda: ResNet(config, view, **options, rngs=nnx.Rngs(seed))
     model = nnx.eval_shape(create) if order else create()
 
@@ -401,7 +400,7 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
         is_dropped = "num_batches_tracked" in name or (not order and name.startswith("classifier."))
         if not is_dropped:  # PyTorch's are (out, in, H, W) and (out, in)
             loaded[name] = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
-    common.load_weights(names, loaded, where, may_lack=() if order else ("classifier.",))
+    common.load_weights(names, loaded, may_lack=() if order else ("classifier.",))
     if order:
         for param in (model.classifier.kernel, model.classifier.bias):
             param.set_value(param[..., np.array(order)])
@@ -602,7 +601,8 @@ def build(cfg, classes):
     options = dict(dropout=cfg.dropout, dtype=cfg.dtype, remat=cfg.remat)
     if cfg.init_from:
         options |= dict(classes=classes, new_head=cfg.steps > 0, size=cfg.image_size, seed=cfg.seed)
-        model = from_pretrained(cfg.init_from, **options)
+        with common.blame(f"--init-from {cfg.init_from}"):
+            model = from_pretrained(cfg.init_from, **options)
     else:
         kind, widening = ("basic", 1) if cfg.depth < 50 else ("bottleneck", 4)
         sizes = dict(layer_type=kind, depths=DEPTHS[cfg.depth], embedding_size=cfg.width)

@@ -28,6 +28,7 @@ import bert_mlm
 import common
 import gpt_train
 import resnet_stream
+from common import Stream
 
 import datasets
 import jax
@@ -165,7 +166,7 @@ def open_train(*data, roles=("text",), **changes):
 
 def documents(data, split="train"):
     """(texts in the order of the files, number of bad records) of the data."""
-    stream = open_train(data)[0].stream(texts_of, 16, None, split)
+    stream = Stream(open_train(data)[0], texts_of, 16, None, split)
     return [*stream], stream.position["bad"]
 
 
@@ -318,7 +319,7 @@ def test_every_format_gives_the_same_documents_pictures_and_labels_from_disk_and
     places = [f"{place}/{name}" for place in ("files", f"{web.url}/files") for name in ("b.parquet", "b.tar")]
     for data in ("files/f", "files/f/train", "files/f/*/*/*.png", *places):
         [source] = open_train(data, roles=("image", "label"))
-        found = source.stream(pairs_of, 4, None)
+        found = Stream(source, pairs_of, 4, None)
         assert {(label, common.read_file(image, 0)) for image, label in found} == {*pictures}, data
         assert source.classes == (None if data.endswith("tar") else ["a", "b"])
 
@@ -352,7 +353,7 @@ def test_odd_texts_are_read_as_they_are_and_empty_is_not_bad(case):
     write(files)
     name = name or next(iter(files))
     assert documents(name) == (texts, bad)
-    rows = open_train(name)[0].stream(texts_of, 2, 0)
+    rows = Stream(open_train(name)[0], texts_of, 2, 0)
     assert sorted(islice(rows, 2 * len(texts))) == sorted(texts * 2), "in training too"
 
 
@@ -370,10 +371,10 @@ def test_splits_columns_headers_and_configurations_are_found():
     write({"d/README.md": card_of({"a": "a/*", "b": "b/*"})})
     write({f"d/{name}/0.jsonl": jsonl([name] * 3) for name in "ab"})
     for name in "ab":
-        assert [*open_train("d", data_name=(name,))[0].stream(texts_of, 4, None)] == [name] * 3
+        assert [*Stream(open_train("d", data_name=(name,))[0], texts_of, 4, None)] == [name] * 3
 
     write({"a.csv": "body,title,label\nlong,short,3\n", "b.csv": "body,label\na,0\nb,\nc,1\nd,-1\ne,2.0\n"})
-    pairs = lambda source: [*source.stream(pairs_of, 4, None)]
+    pairs = lambda source: [*Stream(source, pairs_of, 4, None)]
     [source] = common.open_data(gpt_train.Config(data=("a.csv",)), {"text": "title", "label": None})
     assert pairs(source) == [("short", 3)]
     [source] = open_train("b.csv", roles=("text", "label"))
@@ -400,7 +401,7 @@ def test_every_row_comes_once_an_epoch_over_all_processes(world, monkeypatch):
     epochs, source = [[], []], numbers()
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        stream, before = source.stream(to_ids, 50, 0), len(epochs[0])
+        stream, before = Stream(source, to_ids, 50, 0), len(epochs[0])
         for row in takewhile(lambda _, s=stream: s.position["epoch"] < 2, stream):
             epochs[stream.position["epoch"]].append(row["ids"])
         assert len(epochs[0]) - before == pytest.approx(600 / world, abs=20), "shares of about the same size"
@@ -411,7 +412,7 @@ def test_every_row_comes_once_an_epoch_over_all_processes(world, monkeypatch):
 def test_mixture_has_its_shares_and_goes_on_after_every_batch_over_epoch_ends(monkeypatch):
     as_process(monkeypatch, 1, 2)
     sources, weights = [numbers(240), numbers(120, folder="more", first=1000)], (0.7, 0.3)
-    streams = lambda: [source.stream(to_ids, 25, 0) for source in sources]
+    streams = lambda: [Stream(source, to_ids, 25, 0) for source in sources]
 
     def take(n, start=0, position=None):
         found = common.batches(streams(), 32, seed=3, start=start, position=position, weights=weights)
@@ -430,7 +431,7 @@ def test_mixture_has_its_shares_and_goes_on_after_every_batch_over_epoch_ends(mo
 
 def test_window_of_twenty_row_groups_mixes_nearly_as_well_as_a_permutation_of_all():
     source, rng = numbers(8000, group=20), np.random.default_rng(0)
-    epoch = lambda seed, window: [row["ids"] for row in islice(source.stream(to_ids, window, seed), 8000)]
+    epoch = lambda seed, window: [row["ids"] for row in islice(Stream(source, to_ids, window, seed), 8000)]
     # of the batches' means: what a train step sees of an order that follows the files
     spread = lambda rows: np.std(np.mean(np.reshape(rows, (-1, 32)), axis=1))
     ideal = np.mean([spread(rng.permutation(8000)) for _ in range(4)])
@@ -454,7 +455,7 @@ def test_web_that_fails_changes_no_row_and_is_given_up_in_the_end(tmp_path, monk
     write({"cut.jsonl.gz": gzip.compress(jsonl(texts).encode())[:-200]})
     broken = {"hole.parquet": "the data failed: ", "cut.jsonl.gz": "the data failed: cut.jsonl.gz: "}
     for name, message in broken.items():  # files that lie here are not opened again
-        rows = iter(open_train(name)[0].stream(make_rows, 10, 0))
+        rows = iter(Stream(open_train(name)[0], make_rows, 10, 0))
         assert next(rows) < 150
         with pytest.raises(common.RunError, match=message):
             [*islice(rows, 150)]
@@ -462,10 +463,10 @@ def test_web_that_fails_changes_no_row_and_is_given_up_in_the_end(tmp_path, monk
     for name in ("a.parquet", "a.jsonl", "a.jsonl.zst"):
         web.fault = lambda path: None
         [source] = open_train(f"{web.url}/files/{name}", retries=99)
-        whole = [*islice(source.stream(make_rows, 50, 0), 300)]
+        whole = [*islice(Stream(source, make_rows, 50, 0), 300)]
         kinds = [500, 503, 504, 429, "reset", "truncated"]
         web.fault = lambda path: dice.choice(kinds) if dice.random() < 0.2 else None  # noqa: B023
-        assert [*islice(source.stream(make_rows, 50, 0), 300)] == whole
+        assert [*islice(Stream(source, make_rows, 50, 0), 300)] == whole
     assert web.faults > 5 and pauses, "most are mended beneath us"
     picture = lambda name: common.read_file({"bytes": None, "path": f"{web.url}/files/{name}"}, 99)
     assert {picture("a.jsonl") for _ in range(20)} == {jsonl(texts).encode()}, "pictures known by their URL"
@@ -475,7 +476,7 @@ def test_web_that_fails_changes_no_row_and_is_given_up_in_the_end(tmp_path, monk
     monkeypatch.setattr(datasets.config, "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", 0)  # theirs
     pauses.clear()
     with pytest.raises(common.RunError, match="the data failed 9 times in a row: "):
-        next(iter(source.stream(make_rows, 50, 0)))
+        next(iter(Stream(source, make_rows, 50, 0)))
     assert [*filter(None, pauses)] == [1, 2, 4, 8, 16, 32, 60, 60], "they grow"
 
 
@@ -487,7 +488,7 @@ def test_bad_records_are_skipped_logged_counted_and_stop_the_stream_where_they_a
     [source] = open_train("a.jsonl")
 
     def stream(position=None, n=0):
-        return common.batches([source.stream(to_ids, 10, 0)], 4, seed=0, start=n, position=position)
+        return common.batches([Stream(source, to_ids, 10, 0)], 4, seed=0, start=n, position=position)
 
     found = [*islice(stream(), 100)]
     counts = [position["bad_records"] for _, position in found]
@@ -502,7 +503,7 @@ def test_bad_records_are_skipped_logged_counted_and_stop_the_stream_where_they_a
 
     for name, share in (("few.jsonl", 120), ("many.jsonl", 90)):
         write({name: jsonl([5 if i % share == 0 else "7" for i in range(20_000)])})
-    few, many = (open_train(name)[0].stream(to_ids, 1000, 0) for name in ("few.jsonl", "many.jsonl"))
+    few, many = (Stream(open_train(name)[0], to_ids, 1000, 0) for name in ("few.jsonl", "many.jsonl"))
     assert len([*islice(few, 40_000)]) == 40_000
     with pytest.raises(common.RunError, match=r"of .* records of the data are bad; the last one is"):
         len([*islice(many, 40_000)])
@@ -513,7 +514,7 @@ MEMORY = """
 import resource, sys, common, gpt_train
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 [source], before = common.open_data(gpt_train.Config(data=("a.parquet",)), {"text": None}), peak()
-rows = source.stream(lambda records, rng: [sum(map(len, records["text"]))], 1000, 0)
+rows = common.Stream(source, lambda records, rng: [sum(map(len, records["text"]))], 1000, 0)
 print(sum(n for n, _ in zip(rows, range(150))), peak() - before)
 """
 
@@ -1266,7 +1267,7 @@ def test_resnet_pictures_held_out_are_never_trained_on_all_others_are_and_corrup
     held = [*resnet_stream.validation_rows(val, tiny_view(8, 1.0), 0)]
     crop = partial(resnet_stream.training_crop, cfg, 8)
     decode = partial(resnet_stream.decode, crop, val[0][1], False, cfg.retries)
-    streams = [source.stream(resnet_stream.make_rows, cfg.shuffle_buffer, cfg.seed)]
+    streams = [Stream(source, resnet_stream.make_rows, cfg.shuffle_buffer, cfg.seed)]
     batches = common.batches(streams, 120 - len(held), seed=0, decode=decode)
     key = lambda image: np.asarray(image).tobytes()
     capfd.readouterr()
@@ -1347,7 +1348,7 @@ def resnet_in_pytorch(folder, last):
     theirs = auto.from_pretrained(folder, trust_remote_code=True).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     [source] = open_train("digits", roles=("image", "label"))
-    rows, others = ([*source.stream(resnet_stream.make_rows, 64, None, split)] for split in source.splits)
+    rows, others = ([*Stream(source, resnet_stream.make_rows, 64, None, split)] for split in source.splits)
     files, others = ([row["image"]["bytes"] for row in part] for part in (rows, others))
     assert len(files) == 359 and not {*files} & {*others}
     images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
@@ -1646,7 +1647,7 @@ def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_noth
     held_out, _ = common.hold_out_texts(cfg, [source])
     for rank in (0, 1):
         as_process(monkeypatch, rank, 2)
-        stream = source.stream(partial(gpt_train.pack, tokenizer, {*held_out}, 33), 8, 0)
+        stream = Stream(source, partial(gpt_train.pack, tokenizer, {*held_out}, 33), 8, 0)
         rows.append([b["tokens"] for b, _ in islice(common.batches([stream], 64, seed=0), 4)])
     state, step, _ = make_step(gpt_train, gpt_train.build(cfg, tokenizer), **streamed)
     for line, *parts in zip(lines("whole"), *rows):
