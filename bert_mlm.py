@@ -345,16 +345,12 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
         marks = {"classifier.weight": "classify", "cls.predictions.transform.dense.weight": "mlm"}
         head = next((marks[name] for name in marks if name in weights), None)
     if classes:
-        theirs = common.class_names(config)
-        order = common.match_classes(theirs, classes)
-        if order is None and classifier:
-            why = f"its classes are {', '.join(theirs)[:60]}, and the data's {', '.join(classes)[:60]}"
-            weights = {name: w for name, w in weights.items() if name not in classifier}
-        if order and classifier:
-            whole = [name for name in classifier if weights[name].shape[-1] == len(order)]  # else refused
-            weights |= {name: weights[name][..., order] for name in whole}
-            if all(map(str.isdecimal, classes)):  # the data do not name theirs
-                classes = [theirs[i] for i in order]
+        theirs = common.class_names(config) if classifier else []
+        order, classes, why = common.match_classes(theirs, classes)
+        for name in classifier:
+            w = weights.pop(name)
+            if order:  # one of another size is refused below
+                weights[name] = w[..., order] if w.shape[-1] == len(order) else w
         config.update(common.label_names(classes))
     create = lambda: BERT(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed or 0))
     model = nnx.eval_shape(create) if seed is None else nnx.jit(create)()

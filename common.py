@@ -837,14 +837,24 @@ def class_names(config):
     return [str(name) for _, name in sorted(config.id2label.items())]
 
 
+def brief(names):
+    return f"{len(names)} ({', '.join(names)[:60]})" if names else "none"
+
+
 def match_classes(theirs, classes):
-    """Where in `theirs` each of `classes` is: by name, or as it stands where one has numbers; else None."""
-    if sorted(theirs) == sorted(classes):
-        return [theirs.index(name) for name in classes]
-    numbers = any(all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names) for names in (theirs, classes))
+    """Find `classes` among those of a head: by name, or in their order where one side has but numbers.
+
+    Gives (the place of each or None, names for the head, why there is no place).
+    """
+    why = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
+    if sorted(theirs) == sorted({*classes}):
+        return [theirs.index(name) for name in classes], classes, why
+    numbers = [all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names) for names in (theirs, classes)]
     # models of ImageNet know two classes as crane, which a data set cannot
     alike = sum(a == b for a, b in zip(theirs, classes)) > 0.99 * len(theirs)
-    return [*range(len(classes))] if (numbers or alike) and len(theirs) == len(classes) else None
+    if (any(numbers) or alike) and len(theirs) == len(classes):
+        return [*range(len(classes))], theirs if numbers[1] else classes, why
+    return None, classes, why
 
 
 def read_pretrained(kinds, path, followed):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import common
-from common import expect
+from common import brief, expect
 
 import jax
 import jax.numpy as jnp
@@ -126,10 +126,6 @@ def open_sources(cfg):
     expect(not names or n in (None, len(names)), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
     val = [(source, one_in if source.validation == "train" else 1) for source in held]
     return train, val, names or [str(i) for i in range(n or 0)]
-
-
-def brief(names):
-    return f"{len(names)} ({', '.join(names)[:60]})" if names else "none"
 
 
 def open_image(data, at_least=1 << 16):
@@ -382,14 +378,11 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     stem = getattr(config, "stem", "imagenet")
     expect(stem in ("imagenet", "cifar"), f"stem is {stem}, only imagenet and cifar are supported")
     theirs = common.class_names(config) if "classifier.1.weight" in weights else []
-    order = common.match_classes(theirs, classes) if classes else [*range(len(theirs))]
-    others = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
-    expect(order or (classes and new_head), others)
+    order, names, why = common.match_classes(theirs, classes or theirs)
+    expect(order or (classes and new_head), why)
     if not order:
-        print(f"head       new: {others}")
-    if classes:
-        keeps = order and all(map(str.isdecimal, classes))  # the data do not name theirs
-        config.update(common.label_names([theirs[i] for i in order] if keeps else classes))
+        print(f"head       new: {why}")
+    config.update(common.label_names(names))
     view = read_view(folder, size)
     create = lambda: ResNet(config, view, **options, rngs=nnx.Rngs(seed))
     model = nnx.eval_shape(create) if order else create()
