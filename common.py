@@ -233,11 +233,11 @@ def microbatches(cfg):
 
 # ---- data: a name on the command line -> datasets.IterableDataset ----
 
-KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv"}
 KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
-LINE = "line of jsonl"  # column of a file that is read by the line, so that a corrupt one is one bad record
+JSON = "record as JSON"  # column of what is parsed later, so that a corrupt record is one bad record
 
 
 @dataclasses.dataclass
@@ -248,7 +248,7 @@ class Source:
     columns: dict  # {role: column}; roles are text, label, image
     classes: list | None = None  # names of the labels, where they have names
     retries: int = 0  # what comes over a network is opened again, what lies here is not
-    unchanged: dict | None = None  # what a resume must find again
+    unchanged: dict = dataclasses.field(default_factory=dict)  # what a resume must find again
 
     @property
     def validation(self):
@@ -275,7 +275,7 @@ def open_data(cfg, roles, field="data"):
     sources = []
     for i, name in enumerate(names):
         configuration = configurations[i] if configurations and configurations[i] != "-" else None
-        commit = data_then.get(f"{i} {name}", {}).get("commit")  # a resume reads what the run began with
+        commit = data_then.get(f"commit of {i} {name}")  # a resume reads what the run began with
         with blame(f"--{field.replace('_', '-')} {name}"):
             sources.append(open_source(name, configuration, commit, roles, cfg.retries))
     return sources
@@ -300,7 +300,9 @@ def open_source(name, configuration, commit, roles, retries):
             builder.config.keep_default_na = False
             builder.config.quoting = csv.QUOTE_NONE if builder.config.sep == "\t" else csv.QUOTE_MINIMAL
         files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
-        splits = builder.as_streaming_dataset()
+        # its JSON would end at a corrupt line, and puts quotes around texts where a number is among them
+        own = builder.name == "json" and not (builder.config.field or builder.info.features)
+        splits = open_files(files) if own else builder.as_streaming_dataset()
     else:
         files = {"train": [name]} if "://" in name else find_files(path, roles)
         splits = open_files(files)
@@ -397,7 +399,7 @@ def open_files(files):
     expect(kind, f"cannot tell what it is from its name; expected {' '.join(KINDS)}")
     if kind == "images":
         return open_pictures(files)
-    if kind in ("text", "jsonl", "csv", "tsv"):
+    if kind in ("text", "json", "csv", "tsv"):
         read = lambda part: dict(generator=read_texts, gen_kwargs=dict(files=part, kind=kind))
         return {s: datasets.IterableDataset.from_generator(**read(part)) for s, part in files.items()}
     if kind == "webdataset":  # theirs stops at a text that is not UTF-8
@@ -409,7 +411,7 @@ def open_files(files):
 
 
 def read_texts(files, kind):
-    """Records {column: str} of text files: documents, lines of jsonl, or rows of a csv or tsv.
+    """Records {column: str} of text files: documents, records of JSON, or rows of a csv or tsv.
 
     Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """
@@ -419,12 +421,16 @@ def read_texts(files, kind):
         compression = fsspec.utils.infer_compression(without_query(file))
         with blame(file), fsspec.open(file, "rt", compression=compression, **options) as lines:
             first = next(lines, "")
-            expect(first[:2] != "\ufffd\ufffd", "is UTF-16, expected UTF-8")
+            expect(first[:2] != "\ufffd\ufffd" and "\0" not in first[:4], "is UTF-16, expected UTF-8")
             lines = chain([first], lines)
             if kind == "text":
                 yield {"text": "".join(lines)}
-            elif kind == "jsonl":
-                yield from ({LINE: line} for line in lines)
+            elif kind == "json" and (first[:1] == "[" or first.strip() == "{"):  # not one record a line
+                found = json.loads("".join(lines))
+                for record in found if isinstance(found, list) else [found]:
+                    yield {JSON: json.dumps(record if isinstance(record, dict) else {"text": record})}
+            elif kind == "json":
+                yield from ({JSON: line} for line in lines)
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
                 rows = csv.reader(lines, strict=True, **tabs)  # else an open quote takes the rest of the file
@@ -508,11 +514,11 @@ def sift(records, columns, classes=None):
 
 
 def parse(record):
-    """A record {column: value}; a line of jsonl as the object in it, {} if it is empty. Raises ValueError."""
-    if LINE not in record:
+    """A record {column: value}, {} of an empty line of JSON. Raises ValueError."""
+    if JSON not in record:
         return record
     try:
-        record = json.loads(record[LINE].strip() or "{}")
+        record = json.loads(record[JSON].strip() or "{}")
     except RecursionError as error:
         raise ValueError("JSON too deep") from error
     if not isinstance(record, dict):
@@ -929,7 +935,8 @@ class Run:
     def __init__(self, kind, cfg, sources, data, free, parts=()):
         self.cfg, self.leads, self.stopped_by = cfg, jax.process_index() == 0, None
         self.wandb = import_module("wandb") if cfg.wandb else None
-        data = {f"{i} {name}": s.unchanged for i, (name, s) in enumerate(zip(cfg.data, sources))} | data
+        for i, (name, source) in enumerate(zip(cfg.data, sources)):
+            data = data | {f"{part} of {i} {name}": value for part, value in source.unchanged.items()}
         config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
         digests = gather(digest([config | dict(coordinator=None, process_id=None), data]))
         expect(len({*digests}) == 1, "the processes have other flags or see other data")
@@ -937,15 +944,15 @@ class Run:
             self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if cfg.resume:  # refuse by name what would change the meaning of the run's checkpoint
-            began, change = read_run(self.dir), "it would go on with other rows"
-            self.id, free = began["id"], {*RunConfig.__dataclass_fields__, *free.split()}
+            first, change = read_run(self.dir), "it would go on with other rows"
+            self.id, free = first["id"], {*RunConfig.__dataclass_fields__, *free.split()}
             for name in [name for name in config if name not in free]:
-                was, flag = began["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
+                was, flag = first["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
                 start = f"the run in {self.dir} was started with {was}; start a new run to change it"
                 expect(config[name] == was, f"{flag} {config[name]}: {start}")
             for name, value in data.items():
-                was = began["data"].get(name)
-                expect(value == was, f"--resume: the data {name} are {value}, and were {was}; {change}")
+                was = first["data"].get(name)
+                expect(value == was, f"--resume: other {name} ({value}, before {was}); {change}")
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
         self.info = dict(id=self.id, config=config, data=data)
@@ -1021,7 +1028,7 @@ class Run:
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
         print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}")
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
-        self.waited, self.began = 0.0, time.perf_counter()  # the latter is moved on by pauses
+        self.waited, self.zero = 0.0, time.perf_counter()  # of its clock, moved on by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
         if self.wandb and self.leads:
@@ -1107,7 +1114,7 @@ class Run:
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the last good checkpoint is {self.saved}; {advice}")
         step, metrics, bad = fetched[-1]
-        self.marks.append(np.array([step, time.perf_counter() - self.began, self.waited]))
+        self.marks.append(np.array([step, time.perf_counter() - self.zero, self.waited]))
         steps, seconds, waited = (self.marks[-1] - self.marks[-2]).tolist()
         rate, wait = steps * self.per_step / seconds, waited / seconds
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -1135,7 +1142,7 @@ class Run:
         jax.block_until_ready(self.pending)
         start = time.perf_counter()
         yield
-        self.began += time.perf_counter() - start
+        self.zero += time.perf_counter() - start
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""

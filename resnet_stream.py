@@ -216,6 +216,9 @@ class View:
         self.processor, self.size = processor, S
         # rescales and normalises, as far as the processor does; a large crop has a black margin
         self.offset, self.slope = black[:, S // 2, S // 2], (white - black)[:, S // 2, S // 2] / 255
+        ramp = Image.linear_gradient("L").convert("RGB")
+        same = np.allclose(self.normalise(self.pixels(ramp)), look(ramp).transpose(1, 2, 0), atol=1e-4)
+        expect(same, f"{type(processor).__name__} does more than resize, crop, rescale and normalise")
 
     def pixels(self, image):
         """The picture as the model is to see it, (S, S, 3) uint8."""

@@ -326,7 +326,7 @@ def test_every_format_gives_the_same_documents_pictures_and_labels_from_disk_and
 
 DEEP = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
 HALVES = '{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n'
-CARD = card_of({"a": "a.?sv"})
+CARD = card_of({"a": "a.*"})
 ODD_TEXTS = {  # files, what to open (or the first of them), the documents and the bad records in them
     "null and NA are words": ({"a.csv": "text\nnull\nNA\n\n5\n"}, None, ["null", "NA", "5"], 0),
     "mark in csv": ({"a.csv": "\ufefftext\na\nb\n"}, None, ["a", "b"], 0),
@@ -342,6 +342,14 @@ ODD_TEXTS = {  # files, what to open (or the first of them), the documents and t
     "file without rows": ({"d/0.parquet": parquet_of([]), "d/1.parquet": parquet_of(["a"])}, "d", ["a"], 0),
     "files of no bytes": ({"d/0.jsonl": "", "d/1.jsonl": jsonl(["a"]), "d/2.jsonl": ""}, "d", ["a"], 0),
     "number on top": ({"a.csv": "1\n2\n"}, None, ["1", "2"], 0),
+    "number among texts": (
+        {"a.json": '[{"text": "a"}, {"text": 5}, {"text": "2020-01-01"}]'},
+        None,
+        ["a", "2020-01-01"],
+        1,
+    ),
+    "json over lines": ({"a.json": '{\n"text": "a"\n}'}, None, ["a"], 0),
+    "jsonl of a card": ({"d/README.md": CARD, "d/a.jsonl": jsonl(["a", 5]) + "{"}, "d", ["a"], 2),
     "csv of a card": ({"d/README.md": CARD, "d/a.csv": "text\nNA\n07\n"}, "d", ["NA", "07"], 0),
     "tsv of a card": ({"d/README.md": CARD, "d/a.tsv": 'text\n"a\nb\n'}, "d", ['"a', "b"], 0),
 }
@@ -1224,6 +1232,7 @@ PROCESSORS = {  # preprocessor_config.json, and why it is refused
     "does not normalise": (BIT | dict(do_normalize=False), None),
     "none": (None, None),  # transformers' default for a ResNet
     "does not crop": (BIT | dict(do_center_crop=False), "pictures come out as"),
+    "normalises twice": (dict(image_processor_type="EfficientNetImageProcessor"), ".* does more than resize"),
     "flips channels": (BIT | dict(do_flip_channel_order=True), "do_flip_channel_order: not supported"),
     "unknown": (dict(image_processor_type="Unknown"), "Unrecognized image processor"),
 }
@@ -1453,7 +1462,7 @@ def test_run_directory_is_never_taken_over_and_a_resume_changes_no_meaning(typed
     for changed in ("--seq-len 16", "--seed 7", "--shuffle-buffer 7", "--data text.txt val.txt"):
         refused("the run in a was started with", *resume, *changed.split())
     write({"text.txt": "one two three four " * 3000})
-    refused("--resume: the data 0 text.txt are", *resume, "--steps", "5")
+    refused("--resume: other files of 0 text.txt (", *resume, "--steps", "5")
     write(texts)
     typed(gpt_train, *resume, steps=5, grad_clip=0, ckpt_every=1, eval_every=5)
     assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5] and lines("a")[:2] == before[:2]
@@ -1526,6 +1535,21 @@ def test_hub_weights_by_their_id_and_what_is_not_there_or_offline_is_one_line(hu
     assert out.startswith("import")
     for _, err in finish(missing, unreached, code=2):
         assert " some/where: " in err and len(err.splitlines()) == 1, err
+
+
+READ_HUB = """
+import common, gpt_train
+[source] = common.open_data(gpt_train.Config(data=("HuggingFaceFW/fineweb-edu",)), {"text": None})
+stream = common.Stream(source, lambda records, rng: records["text"], 8, None)
+print(*stream, stream.position["bad"])
+"""
+
+
+def test_corrupt_line_and_a_number_among_texts_are_bad_records_on_the_hub_too(hub):
+    shutil.rmtree(folder := hub.root / "HuggingFaceFW/fineweb-edu")
+    write({folder / "a.jsonl": jsonl(["a", 5, "b", "c"]) + '{"text": '})
+    [(out, err)] = finish(launch(READ_HUB, **hub.env))
+    assert out == "a b c 2\n" and "record 1 of epoch 0: text is 5" in err
 
 
 def test_hub_that_fails_changes_no_loss_killed_or_not(hub, monkeypatch):
@@ -1645,7 +1669,7 @@ def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_noth
     assert f"saved at step {saved}" in out and lines("killed")[-1]["step"] == saved, "both at the same step"
     assert lines("killed")[:12] == lines("whole")
     _, err = typed(gpt_train, "--resume", out_dir="killed", steps=saved + 1, code=2)
-    assert "'processes': 1" in err and "'processes': 2" in err, "as many as before"
+    assert "--resume: other processes of 0 stdlib (1, before 2)" in err
     # one process that trains on the rows of both has the same losses
     cfg, tokenizer, rows = gpt_train.Config(**streamed), gpt_train.load_tokenizer("byte"), []
     [source] = open_train("stdlib")
@@ -1702,6 +1726,7 @@ BAD[gpt_train] = {
     "--data twice.csv": "twice.csv: has two columns ['text']",
     "--data semi.csv": "semi.csv: is separated by ;, expected ,",
     "--data utf16.csv": "utf16.csv: is UTF-16, expected UTF-8",
+    "--data utf16.txt": "utf16.txt: is UTF-16, expected UTF-8",
     f"--data {JSON} --val-docs 9": "--val-docs 9: there are 5; ask for fewer, or give --val-data",
     f"--data {JSON} --val-docs 5": "leaves none to train on",
     "--init-from ./nowhere": "./nowhere: no such folder, and not a hub id",
@@ -1744,6 +1769,7 @@ def bad_inputs(tmp_path_factory, bert_folder):
         write({"mixed/a.jsonl": jsonl("a"), "mixed/b.parquet": parquet_of(["b"])})
         write({"rows.jsonl": '{"id": 1, "title": "a", "body": "b"}\n' * 30, "flat/a.png": png(photograph())})
         write({"text.jsonl": '{"text": "a b"}\n' * 30, "utf16.csv": "text\na\n".encode("utf-16")})
+        write({"utf16.txt": "text".encode("utf-16-le")})
         write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n", "semi.csv": "text;b\na;b\n"})
         write({"others/a.parquet": parquet_of(["a"])})
         pq.write_table(pa.table({"body": ["b"]}), "others/b.parquet")
