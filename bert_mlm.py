@@ -107,8 +107,13 @@ def load_tokenizer(name, documents=()):
     kind, _, size = name.partition(":")
     if kind != "bpe":
         tokenizer = common.load_tokenizer(name)
-        for role in ("mask_token", "cls_token", "sep_token", "pad_token"):
-            expect(getattr(tokenizer, role) is not None, f"--tokenizer {name}: has no {role}; BERT needs one")
+        with common.blame(f"--tokenizer {name}"):
+            for role in ("mask_token", "cls_token", "sep_token", "pad_token"):
+                expect(getattr(tokenizer, role) is not None, f"has no {role}; BERT needs one")
+            ids, ends = tokenizer("a")["input_ids"], [tokenizer.cls_token_id, tokenizer.sep_token_id]
+            expect(ids[:1] + ids[-1:] == ends, "does not make [CLS] text [SEP] of a text")
+            right = tokenizer.truncation_side == tokenizer.padding_side == "right"
+            expect(right, "truncates or pads at the left, only the right is supported")
         return tokenizer
     expect(size.isdecimal() and int(size) > 261, f"--tokenizer {name}: expected bpe:N, N above 261")
     special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")

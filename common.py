@@ -812,15 +812,18 @@ def load_tokenizer(name):
         return tokenizer
 
 
-def encode(tokenizer, texts, end=()):
-    """Token ids of each text, [(n,) int32], then those in `end`. "<|endoftext|>" inside a text is text."""
+def encode(tokenizer, texts, end=(), framed=False):
+    """Token ids of each text, [(n,) int32], then those in `end`. "<|endoftext|>" inside a text is text.
+
+    `framed`: with the special tokens that the tokenizer puts around a text.
+    """
     backend, ids = tokenizer.backend_tokenizer, []
     if not backend.encode_special_tokens:  # set once: while another thread encodes, setting has to wait
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
-        chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
+        chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=framed)
         ids += [np.array([*encoding.ids, *end], np.int32) for encoding in chunk]
     return ids
 

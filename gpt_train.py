@@ -123,7 +123,8 @@ def pack(tokenizer, held_out, length, records, rng):
     They are joined and cut from a random start, without padding; less than a row is lost at either end.
     """
     texts = [text for text in records["text"] if text not in held_out]
-    tokens = np.concatenate([np.zeros(0, np.int32), *encode(tokenizer, texts, [tokenizer.eos_token_id])])
+    ids = encode(tokenizer, texts, [tokenizer.eos_token_id], framed=True)
+    tokens = np.concatenate([np.zeros(0, np.int32), *ids])
     start = rng.integers(min(length, max(len(tokens) - length, 0) + 1))
     tokens = tokens[start : start + (len(tokens) - start) // length * length]
     return [{"tokens": row} for row in rng.permutation(tokens.reshape(-1, length))]
@@ -135,7 +136,7 @@ def validation_rows(tokenizer, texts, length, batch_size):
     The rest of the last batch has the target -1, which does not count.
     """
     end = np.array([tokenizer.eos_token_id], np.int32)
-    tokens = np.concatenate([end, *encode(tokenizer, texts, end)])
+    tokens = np.concatenate([end, *encode(tokenizer, texts, end, framed=True)])
     short = -(len(tokens) - 1) % (batch_size * length)
     inputs, targets = np.pad(tokens[:-1], (0, short)), np.pad(tokens[1:], (0, short), constant_values=-1)
     return inputs.reshape(-1, batch_size, length), targets.reshape(-1, batch_size, length)
@@ -433,7 +434,7 @@ def generate(
 
 def encode_prompts(tokenizer, texts, positions):
     """Token ids of each text; "" begins a new document. UsageError where there is no room for a new token."""
-    rows = [ids.tolist() or [tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+    rows = [ids.tolist() or [tokenizer.eos_token_id] for ids in encode(tokenizer, texts, framed=True)]
     n = max(map(len, rows), default=0)
     expect(n < positions, f"--prompt: {n} tokens, and there are {positions} positions")
     return rows

@@ -342,12 +342,7 @@ ODD_TEXTS = {  # files, what to open (or the first of them), the documents and t
     "file without rows": ({"d/0.parquet": parquet_of([]), "d/1.parquet": parquet_of(["a"])}, "d", ["a"], 0),
     "files of no bytes": ({"d/0.jsonl": "", "d/1.jsonl": jsonl(["a"]), "d/2.jsonl": ""}, "d", ["a"], 0),
     "number on top": ({"a.csv": "1\n2\n"}, None, ["1", "2"], 0),
-    "number among texts": (
-        {"a.json": '[{"text": "a"}, {"text": 5}, {"text": "2020-01-01"}]'},
-        None,
-        ["a", "2020-01-01"],
-        1,
-    ),
+    "number among texts": ({"a.json": '[{"text": "2020-01-01"}, {"text": 5}]'}, None, ["2020-01-01"], 1),
     "json over lines": ({"a.json": '{\n"text": "a"\n}'}, None, ["a"], 0),
     "jsonl of a card": ({"d/README.md": CARD, "d/a.jsonl": jsonl(["a", 5]) + "{"}, "d", ["a"], 2),
     "csv of a card": ({"d/README.md": CARD, "d/a.csv": "text\nNA\n07\n"}, "d", ["NA", "07"], 0),
@@ -1050,6 +1045,10 @@ def test_tokenizers_take_texts_as_they_are_and_ids_may_have_gaps_and_be_large():
     last = train(tokenizer="gaps", steps=1, n_embd=8, batch_size=8, accum=1, out_dir="a")
     assert last["loss"] == pytest.approx(math.log(70_002), rel=0.01)
     assert gpt_train.from_pretrained("a").config.vocab_size == 70_002
+    framed = dict(single="<end> $A", special_tokens=[("<end>", 70_000)])  # as Llama's adds its first token
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**framed)
+    [row] = gpt_train.pack(words, (), 3, {"text": ["self"]}, np.random.default_rng(0))
+    assert row["tokens"].tolist() == [*words("self")["input_ids"], 70_000] == [70_000, 300, 70_000]
 
 
 @against_torch
@@ -1720,7 +1719,7 @@ BAD[gpt_train] = {
     "--data broken.parquet": "--data broken.parquet: ",
     "--data http://127.0.0.1:9/a.parquet": "--data http://127.0.0.1:9/a.parquet: ",
     "--data saved": "--data saved: was written by save_to_disk; write it with to_parquet",
-    "--data mixed": "--data mixed: holds jsonl, parquet; name one kind",
+    "--data mixed": "--data mixed: holds json, parquet; name one kind",
     "--data others": "b.parquet'] has other columns than",
     "--data open.csv": "open.csv: unexpected end of data",
     "--data twice.csv": "twice.csv: has two columns ['text']",
@@ -1744,6 +1743,8 @@ BAD[gpt_train] = {
 BAD[bert_mlm] = {
     "--tokenizer bytes": "--tokenizer bytes: has no mask_token; BERT needs one",
     "--init-from bare": "--tokenizer bare: no fast tokenizer in it",
+    "--tokenizer left": "--tokenizer left: truncates or pads at the left",
+    "--tokenizer frameless": "--tokenizer frameless: does not make [CLS] text [SEP] of a text",
     "--steps 0 --init-from bert --prompt 'import x'": "--prompt 'import x': holds no [MASK]",
     "--steps 0 --init-from bert --mteb STS12": "needs `pip install mteb`",
     "--task classify --data text.jsonl": "no label in column text, one of text",
@@ -1777,7 +1778,12 @@ def bad_inputs(tmp_path_factory, bert_folder):
         write_folder("ab", 4, "ab")
         write_folder("ac", 4, "ac")
         datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk("saved")
-        gpt_train.load_tokenizer("byte").save_pretrained("bytes")
+        (byte := gpt_train.load_tokenizer("byte")).save_pretrained("bytes")
+        byte.add_special_tokens(dict.fromkeys(("mask_token", "cls_token", "sep_token", "pad_token"), "[X]"))
+        byte.save_pretrained("frameless")
+        bert_mlm.load_tokenizer("bpe:300").save_pretrained("left")
+        settings = json.loads(Path("left/tokenizer_config.json").read_text()) | {"truncation_side": "left"}
+        write({"left/tokenizer_config.json": json.dumps(settings)})
         gpt_train.save_pretrained(gpt.model(), "gpt")
         shutil.copy("gpt/config.json", "broken")
         shutil.copytree(bert_folder, "bert")
