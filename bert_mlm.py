@@ -332,7 +332,7 @@ def read_weights(path):
         if name == WORDS:
             expect(len(w) == config.vocab_size, f"{name} has {len(w)} rows, not {config.vocab_size}")
             w = np.pad(w, [(0, -len(w) % 128), (0, 0)])
-        same = np.array_equal(weights.setdefault(name, w), w)
+        same = np.array_equal(weights.setdefault(name, w), w, equal_nan=True)
         expect(same, f"{given} is not {name}; only tied ones are supported")
     return config, weights
 

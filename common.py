@@ -301,8 +301,9 @@ def open_source(name, configuration, commit, roles, retries):
             builder.config.quoting = csv.QUOTE_NONE if builder.config.sep == "\t" else csv.QUOTE_MINIMAL
         files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
         # its JSON would end at a corrupt line, and puts quotes around texts where a number is among them
-        own = builder.name == "json" and not (builder.config.field or builder.info.features)
-        splits = open_files(files) if own else builder.as_streaming_dataset()
+        is_json = {kind_of(file) for part in files.values() for file in part} == {"json"}
+        is_plain = is_json and not (builder.config.field or builder.info.features)
+        splits = open_files(files) if is_plain else builder.as_streaming_dataset()
     else:
         files = {"train": [name]} if "://" in name else find_files(path, roles)
         splits = open_files(files)
@@ -897,8 +898,8 @@ def read_pretrained(kinds, path, followed):
 def load_weights(names, weights, may_lack=()):
     """Put `weights` {name: array}, in our shapes, into the parameters of `names` {name: parameter}.
 
-    Raises UsageError for one that is missing, has another shape or no place. Names that begin with one of
-    `may_lack` keep their init; these are returned.
+    Raises UsageError for one that is missing or unsound, has another shape or no place. Names that begin with
+    one of `may_lack` keep their init; these are returned.
     """
     lacking = [name for name in names if name not in weights]
     missing = [name for name in lacking if not name.startswith(tuple(may_lack))]
@@ -907,6 +908,8 @@ def load_weights(names, weights, may_lack=()):
     expect(not others, f"{others[:1]} has no place in the model")
     for name, w in weights.items():
         expect(w.shape == names[name].shape, f"{name} is {w.shape}, expected {names[name].shape}")
+        is_sound = jnp.issubdtype(w.dtype, jnp.floating) and np.isfinite(w).all()
+        expect(is_sound, f"{name} is not finite, or quantised ({w.dtype})")
         names[name].set_value(jnp.asarray(w.astype(np.float32)))
     return lacking
 

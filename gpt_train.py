@@ -272,7 +272,7 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
             expect(len(w) == V, f"{given} has {len(w)} rows, and vocab_size is {V}")
             w = np.pad(w, [(0, -V % 128), (0, 0)])
         if not name.endswith((".attn.bias", ".masked_bias")):  # masks in old files
-            same = np.array_equal(weights.setdefault(name, w), w)
+            same = np.array_equal(weights.setdefault(name, w), w, equal_nan=True)
             expect(same, "lm_head.weight is not wte.weight; only tied ones are supported")
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     common.load_weights(checkpoint_names(model), weights)

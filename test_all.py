@@ -807,6 +807,7 @@ def test_published_names_load_and_what_changes_the_numbers_is_refused_by_name(ki
     lacking, cut = {n: x for n, x in w.items() if n != name}, w | {name: w[name][:1]}
     wrong = {"is missing": lacking, "expected": cut, "has no place in": w | {"adapter.weight": w[name]}}
     wrong |= {twin + r".*only tied ones": w | {twin: x + 1} for twin, x in twins.items()}
+    wrong |= {"is not finite": w | {name: w[name] + np.nan}, r"\(int8\)": w | {name: np.int8(w[name])}}
     for message, weights in wrong.items():
         with pytest.raises(common.UsageError, match=message):
             load(weights)
