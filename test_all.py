@@ -1537,19 +1537,12 @@ def test_hub_weights_by_their_id_and_what_is_not_there_or_offline_is_one_line(hu
         assert " some/where: " in err and len(err.splitlines()) == 1, err
 
 
-READ_HUB = """
-import common, gpt_train
-[source] = common.open_data(gpt_train.Config(data=("HuggingFaceFW/fineweb-edu",)), {"text": None})
-stream = common.Stream(source, lambda records, rng: records["text"], 8, None)
-print(*stream, stream.position["bad"])
-"""
-
-
 def test_corrupt_line_and_a_number_among_texts_are_bad_records_on_the_hub_too(hub):
     shutil.rmtree(folder := hub.root / "HuggingFaceFW/fineweb-edu")
     write({folder / "a.jsonl": jsonl(["a", 5, "b", "c"]) + '{"text": '})
-    [(out, err)] = finish(launch(READ_HUB, **hub.env))
-    assert out == "a b c 2\n" and "record 1 of epoch 0: text is 5" in err
+    program = "import test_all; print(test_all.documents('HuggingFaceFW/fineweb-edu'))"
+    [(out, err)] = finish(launch(program, **hub.env))
+    assert out == "(['a', 'b', 'c'], 2)\n" and "record 1 of epoch 0: text is 5" in err
 
 
 def test_hub_that_fails_changes_no_loss_killed_or_not(hub, monkeypatch):
@@ -1770,8 +1763,8 @@ def bad_inputs(tmp_path_factory, bert_folder):
         write({"a.doc": "x", "broken.parquet": "x" * 99, "broken/model.safetensors": "x" * 99})
         write({"mixed/a.jsonl": jsonl("a"), "mixed/b.parquet": parquet_of(["b"])})
         write({"rows.jsonl": '{"id": 1, "title": "a", "body": "b"}\n' * 30, "flat/a.png": png(photograph())})
-        write({"text.jsonl": '{"text": "a b"}\n' * 30, "utf16.csv": "text\na\n".encode("utf-16")})
-        write({"utf16.txt": "text".encode("utf-16-le")})
+        write({"utf16.csv": "text\na\n".encode("utf-16"), "utf16.txt": "text".encode("utf-16-le")})
+        write({"text.jsonl": '{"text": "a b"}\n' * 30})
         write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n", "semi.csv": "text;b\na;b\n"})
         write({"others/a.parquet": parquet_of(["a"])})
         pq.write_table(pa.table({"body": ["b"]}), "others/b.parquet")
