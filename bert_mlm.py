@@ -153,7 +153,7 @@ def label_rows(tokenizer, held_out, length, records, rng):
     """Rows of {"text": list, "label": list} but for texts held out, shuffled; a text is cut or padded."""
     pairs = [pair for pair in zip(records["text"], records["label"]) if pair[0] not in held_out]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    tokens, lengths = frame(tokenizer, encode(tokenizer, [text for text, _ in pairs]), length)
+    tokens, lengths = frame(tokenizer, encode(tokenizer, [text for text, _ in pairs], special=True), length)
     targets, weights = np.array([label for _, label in pairs], np.int32), np.ones(len(pairs), np.float32)
     columns = dict(tokens=tokens, lengths=lengths, targets=targets, weights=weights)
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -544,7 +544,8 @@ def embed_options(cfg):
 def embed(model, tokenizer, texts, *, pooling="mean", unit=True, max_length=None, lower=False, prompt=""):
     """Vectors (N, C) of `prompt` + text, cut at max_length tokens: the mean over all, or what is at [CLS]."""
     longest = min(model.config.max_position_embeddings, max_length or tokenizer.model_max_length)
-    rows = encode(tokenizer, [(prompt + text).lower() if lower else prompt + text for text in texts])
+    texts = [(prompt + text).lower() if lower else prompt + text for text in texts]
+    rows = encode(tokenizer, texts, special=True)
     if cut := sum(len(row) > longest - 2 for row in rows):
         print(f"{cut} of {len(texts)} texts are longer than {longest} tokens and were cut")
     order = np.argsort([-len(row) for row in rows], kind="stable")  # the longest first: memory fails at once

@@ -235,7 +235,8 @@ def microbatches(cfg):
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv"}
 KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".py": "text"}
-KINDS |= dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "images")
+KINDS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".bmp", ".gif"), "images")
+KINDS |= dict.fromkeys((".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif", ".heic"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
 JSON = "record as JSON"  # column of what is parsed later, so that a corrupt record is one bad record
 
@@ -364,6 +365,15 @@ def split_in(name):
     return next((SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS), None)
 
 
+def split_above(folders):
+    """How many of a picture's folders are not below the one that names its split: 0 where none does."""
+    for i, folder in enumerate(folders, 1):
+        is_class = i == len(folders) and re.search("[^a-z]+[a-z]", folder.lower())  # as in test_tube
+        if split_in(folder) and not is_class:
+            return i
+    return 0
+
+
 def find_files(path, roles):
     """{split: [file]} of a file, a glob or a folder: of one kind, and none of them empty."""
     pattern = escape(str(path)) + "/**" if path.is_dir() else str(path)
@@ -389,7 +399,13 @@ def find_files(path, roles):
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
         *names, stem = Path(file).relative_to(root).with_suffix("").parts
         names += [] if path.is_file() or kind in ("text", "images") else [stem]
+        names = names[: split_above(names)] if kind == "images" else names
         splits.setdefault(next(filter(None, map(split_in, names)), "train"), []).append(file)
+    for part in splits.values() if kind in ("csv", "tsv") else ():
+        rows = {file: next(read_texts([file], kind), None) for file in part}
+        first, *others = [file for file in part if rows[file]] or part
+        unlike = [file for file in others if {*rows[file]} != {*rows[first]}]
+        expect(not unlike, f"{unlike[:1]} has other columns than {first}")
     return splits
 
 
@@ -434,14 +450,16 @@ def read_texts(files, kind):
                 yield from ({JSON: line} for line in lines)
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
-                rows = csv.reader(lines, strict=True, **tabs)  # else an open quote takes the rest of the file
+                # strict: else an open quote takes the rest of the file
+                rows = filter(None, csv.reader(lines, strict=True, **tabs))
                 names = next(rows, [])
                 if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
                     rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
-                expect(len(names) > 1 or ";" not in str(names), "is separated by ;, expected ,")
+                is_one = len(names) == 1 and re.search(r"[;|\t]", names[0])
+                expect(not is_one, "is not separated by ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
-                for row in filter(None, rows):  # one of another length is bad: as a list it is no text
+                for row in rows:  # one of another length is bad: as a list it is no text
                     yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
 
 
@@ -451,8 +469,7 @@ def open_pictures(files):
 
     def class_of(file):
         folders = Path(file).relative_to(root).parts[:-1]
-        below = next((i + 1 for i, folder in enumerate(folders) if split_in(folder)), 0)
-        return "".join(folders[below : below + 1])
+        return "".join(folders[split_above(folders) :][:1])
 
     def read(files):
         for file in files:
@@ -460,7 +477,8 @@ def open_pictures(files):
 
     classes = sorted({class_of(file) for file in files.get("train", ())})
     layout = "expected CLASS/picture.png or train/CLASS/picture.png"
-    expect(len(classes) > 1 and "" not in classes, f"its pictures are in no class folders; {layout}")
+    has_classes = len(classes) > 1 and "" not in classes and not all(map(split_in, classes))
+    expect(has_classes, f"its pictures are in no class folders; {layout}")
     label, splits = datasets.ClassLabel(names=classes), {}
     features = datasets.Features(image=datasets.Image(decode=False), label=label)
     for split, part in files.items():
@@ -813,16 +831,16 @@ def load_tokenizer(name):
         return tokenizer
 
 
-def encode(tokenizer, texts, end=(), framed=False):
-    """Token ids of each text, [(n,) int32], then those in `end`. "<|endoftext|>" inside a text is text.
+def encode(tokenizer, texts, end=(), framed=False, special=False):
+    """Token ids of each text, [(n,) int32], then those in `end`.
 
-    `framed`: with the special tokens that the tokenizer puts around a text.
+    `framed`: with the special tokens that the tokenizer puts around a text. "<|endoftext|>" inside a text is
+    text, or with `special` this token.
     """
     backend, ids = tokenizer.backend_tokenizer, []
-    if not backend.encode_special_tokens:  # set once: while another thread encodes, setting has to wait
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not special
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
         chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=framed)
         ids += [np.array([*encoding.ids, *end], np.int32) for encoding in chunk]
@@ -887,7 +905,7 @@ def read_pretrained(kinds, path, followed):
         is_ours = name in free or value in (only, "single_label_classification")  # what our heads do
         expect(is_ours, f"{name} is {value}, only {only} is supported")
     index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-    if index.exists():
+    if index.exists() and not (folder / files[0]).exists():
         files = sorted({*json.loads(index.read_text())["weight_map"].values()})
     for file in files:
         expect((folder / file).exists(), f"no {file} in it, and no other format is read")

@@ -434,21 +434,21 @@ def generate(
 
 def encode_prompts(tokenizer, texts, positions):
     """Token ids of each text; "" begins a new document. UsageError where there is no room for a new token."""
-    rows = [ids.tolist() or [tokenizer.eos_token_id] for ids in encode(tokenizer, texts, framed=True)]
+    ids = encode(tokenizer, texts, framed=True, special=True)
+    rows = [row.tolist() or [tokenizer.eos_token_id] for row in ids]
     n = max(map(len, rows), default=0)
     expect(n < positions, f"--prompt: {n} tokens, and there are {positions} positions")
     return rows
 
 
-def complete(model, tokenizer, prompts, cfg, key):
-    """Each prompt with what the model makes of it, as text."""
+def complete(model, tokenizer, rows, cfg, key):
+    """Each of the rows of token ids with what the model makes of it, as text."""
     positions, eos = model.config.n_positions, tokenizer.eos_token_id
-    ids = encode_prompts(tokenizer, prompts, positions)
-    lengths = [len(row) for row in ids]
+    lengths = [len(row) for row in rows]
     new = min(cfg.max_new_tokens, positions - max(lengths))
     if new < cfg.max_new_tokens:
         print(f"{new} new tokens instead of {cfg.max_new_tokens}: the model has {positions} positions")
-    tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in ids])
+    tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in rows])
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
     out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **options))
     return [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
@@ -492,7 +492,9 @@ def main(cfg):
     (key, sampling), mesh = jax.random.split(jax.random.key(cfg.seed)), common.make_mesh()
     if not cfg.steps and cfg.prompt:
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
-        print("\n---\n".join(complete(build(cfg, tokenizer), tokenizer, cfg.prompt, cfg, sampling)))
+        model = build(cfg, tokenizer)
+        prompts = encode_prompts(tokenizer, cfg.prompt, model.config.n_positions)
+        print("\n---\n".join(complete(model, tokenizer, prompts, cfg, sampling)))
         return {}
 
     # data: documents to validate on, the tokenizer, and rows of tokens
@@ -508,7 +510,7 @@ def main(cfg):
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
     positions = tokenizer.model_max_length = model.config.n_positions
     expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
-    encode_prompts(tokenizer, cfg.prompt, positions)
+    prompts = encode_prompts(tokenizer, cfg.prompt or [""], positions)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg, schedule)
@@ -549,7 +551,7 @@ def main(cfg):
             if run.due(cfg.sample_every):
                 with run.pause():
                     model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step + 1)
-                    texts = complete(model, tokenizer, cfg.prompt or [""], cfg, sample_key)
+                    texts = complete(model, tokenizer, prompts, cfg, sample_key)
                 run.bar.write("\n---\n".join(texts))
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")

@@ -345,6 +345,7 @@ ODD_TEXTS = {  # files, what to open (or the first of them), the documents and t
     "number among texts": ({"a.json": '[{"text": "2020-01-01"}, {"text": 5}]'}, None, ["2020-01-01"], 1),
     "json over lines": ({"a.json": '{\n"text": "a"\n}'}, None, ["a"], 0),
     "jsonl of a card": ({"d/README.md": CARD, "d/a.jsonl": jsonl(["a", 5]) + "{"}, "d", ["a"], 2),
+    "empty lines on top": ({"a.csv": "\n\ntext\na\n"}, None, ["a"], 0),
     "csv of a card": ({"d/README.md": CARD, "d/a.csv": "text\nNA\n07\n"}, "d", ["NA", "07"], 0),
     "tsv of a card": ({"d/README.md": CARD, "d/a.tsv": 'text\n"a\nb\n'}, "d", ['"a', "b"], 0),
 }
@@ -816,7 +817,7 @@ def test_published_names_load_and_what_changes_the_numbers_is_refused_by_name(ki
     for file in {*index.values()}:
         save_file({name: x for name, x in w.items() if index[name] == file}, f"model/{file}")
     write({"model/model.safetensors.index.json": json.dumps({"weight_map": index})})
-    Path("model/model.safetensors").rename("model/pytorch_model.bin")
+    shutil.move("model/model.safetensors", "model/pytorch_model.bin")
     np.testing.assert_array_equal(see(kind, kind.script.from_pretrained("model"), batch), wanted)
     Path("model/model.safetensors.index.json").unlink()
     with pytest.raises(common.UsageError, match=r"no model\.safetensors in it"):
@@ -1035,6 +1036,8 @@ def test_tokenizers_take_texts_as_they_are_and_ids_may_have_gaps_and_be_large():
         text = "one two three [MASK] <|endoftext|> [SEP]"  # what looks like a special token is text
         ids = np.concatenate(common.encode(tokenizer, [text] * 2))
         assert tokenizer.decode(ids) == text * 2 and not {*ids} & {*tokenizer.all_special_ids}
+        [ids] = common.encode(tokenizer, [text], framed=True, special=True)
+        assert ids.tolist() == tokenizer(text)["input_ids"], "in a prompt it is one, as in transformers"
     letters = "".join(random.Random(0).choices("acgt", k=1_000_000))
     assert len(gpt_train.load_tokenizer("bpe:1000", [letters])) == 1000, "in seconds, not in hours"
 
@@ -1180,6 +1183,35 @@ def write_folder(root, n=12, classes=("dark", "light")):
     for i, name in enumerate(classes):
         pictures = [png(np.uint8(rng.integers(0, 90, (40, 48, 3)) + 150 * i)) for _ in range(n)]
         write({f"{root}/{name}/{j}.png": picture for j, picture in enumerate(pictures)})
+
+
+def test_class_of_a_picture_is_the_folder_below_that_of_its_split():
+    for i, (files, classes, counts) in enumerate(
+        [
+            ("cat/in/0.png cat/out/1.png dog/2.jfif", ["cat", "dog"], {"train": 3}),
+            ("x/train/a/0.png x/train/b/1.png x/val2017/a/2.png", ["a", "b"], {"train": 2, "validation": 1}),
+            (
+                "train-images/a/0.png train-images/b/1.png Testing/a/2.png",
+                ["a", "b"],
+                {"train": 2, "test": 1},
+            ),
+            (
+                "test_tube/0.png train_station/1.png pen/2.png",
+                ["pen", "test_tube", "train_station"],
+                {"train": 3},
+            ),
+            ("train/0.png val/1.png", None, None),
+            ("my_train/0.png my_val/1.png", None, None),  # a split's name is no class
+        ]
+    ):
+        write({f"{i}/{file}": png(photograph()) for file in files.split()})
+        if classes is None:
+            with pytest.raises(common.UsageError, match="its pictures are in no class folders"):
+                open_train(str(i), roles=("image", "label"))
+            continue
+        [source] = open_train(str(i), roles=("image", "label"))
+        found = {split: len([*Stream(source, pairs_of, 4, None, split)]) for split in source.splits}
+        assert (source.classes, found) == (classes, counts)
 
 
 def test_resnet_odd_pictures_come_out_right():
@@ -1717,7 +1749,8 @@ BAD[gpt_train] = {
     "--data others": "b.parquet'] has other columns than",
     "--data open.csv": "open.csv: unexpected end of data",
     "--data twice.csv": "twice.csv: has two columns ['text']",
-    "--data semi.csv": "semi.csv: is separated by ;, expected ,",
+    "--data tabs.csv": "tabs.csv: is not separated by ,",
+    "--data parts": "parts/1.csv'] has other columns than parts/0.csv",
     "--data utf16.csv": "utf16.csv: is UTF-16, expected UTF-8",
     "--data utf16.txt": "utf16.txt: is UTF-16, expected UTF-8",
     f"--data {JSON} --val-docs 9": "--val-docs 9: there are 5; ask for fewer, or give --val-data",
@@ -1765,7 +1798,8 @@ def bad_inputs(tmp_path_factory, bert_folder):
         write({"rows.jsonl": '{"id": 1, "title": "a", "body": "b"}\n' * 30, "flat/a.png": png(photograph())})
         write({"utf16.csv": "text\na\n".encode("utf-16"), "utf16.txt": "text".encode("utf-16-le")})
         write({"text.jsonl": '{"text": "a b"}\n' * 30})
-        write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n", "semi.csv": "text;b\na;b\n"})
+        write({"open.csv": 'text\n"a\nb\n', "twice.csv": "text,text\na,b\n", "tabs.csv": "text\tb\na\tb\n"})
+        write({"parts/0.csv": "id,text\n0,a\n", "parts/1.csv": "1,b\n2,c\n"})
         write({"others/a.parquet": parquet_of(["a"])})
         pq.write_table(pa.table({"body": ["b"]}), "others/b.parquet")
         write({"one.csv": "text,label\n" + "".join(f"a {i},1\n" for i in range(9))})
