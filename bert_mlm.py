@@ -512,7 +512,7 @@ def embed_options(cfg):
     modules, settings = json.loads((folder / "modules.json").read_text()), {}
     kinds = ", ".join(module["type"].rpartition(".")[2] for module in modules)
     known = kinds in ("Transformer, Pooling", "Transformer, Pooling, Normalize") and not modules[0]["path"]
-    expect(known, f"modules.json has {kinds}; only Transformer, Pooling and Normalize are supported")
+    expect(known, f"modules.json has {kinds}; only Transformer at the top, Pooling and Normalize are known")
     files = [*folder.glob("sentence_*_config.json")]  # of bert, distilbert, ...
     files += [*folder.glob("config_sentence_transformers.json"), folder / modules[1]["path"] / "config.json"]
     for file in files:
@@ -582,13 +582,13 @@ def use(cfg):
         is_text = Path(cfg.embed).is_file() and out != Path(cfg.embed)
         expect(is_text, f"--embed {cfg.embed}: no such text file")
         expect(cfg.overwrite or not out.exists(), f"--embed: {out} exists; --overwrite to replace it")
+    with common.blame(f"--init-from {cfg.init_from}"):
+        options = embed_options(cfg) if cfg.embed or cfg.mteb else {}
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
     model = build(cfg, tokenizer, "mlm" if cfg.prompt else None)
     if cfg.prompt:
         fills = fill_mask(model, tokenizer, cfg.prompt)
         print("\n\n".join("\n".join(f"{p:6.1%}  {text!r}" for p, text in best) for best in fills))
-    with common.blame(f"--init-from {cfg.init_from}"):
-        options = embed_options(cfg) if cfg.embed or cfg.mteb else {}
     if cfg.embed:
         texts = Path(cfg.embed).read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
         vectors = embed(model, tokenizer, texts, **options)

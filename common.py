@@ -870,18 +870,18 @@ def brief(names):
 
 
 def match_classes(theirs, classes):
-    """Find `classes` among those of a head: by name, or in their order where one side has but numbers.
+    """Find `classes` among those of a head: by name, or in their order where one side just counts them.
 
     Gives (the place of each or None, names for the head, why there is no place).
     """
     why = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
     if sorted(theirs) == sorted({*classes}):
         return [theirs.index(name) for name in classes], classes, why
-    numbers = [all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names) for names in (theirs, classes)]
+    counts = [[*map(str, range(len(classes)))], [f"LABEL_{i}" for i in range(len(classes))]]
     # models of ImageNet know two classes as crane, which a data set cannot
     alike = sum(a == b for a, b in zip(theirs, classes)) > 0.99 * len(theirs)
-    if (any(numbers) or alike) and len(theirs) == len(classes):
-        return [*range(len(classes))], theirs if numbers[1] else classes, why
+    if (theirs in counts or classes in counts or alike) and len(theirs) == len(classes):
+        return [*range(len(classes))], theirs if classes in counts else classes, why
     return None, classes, why
 
 

@@ -1352,6 +1352,7 @@ def test_resnet_labels_are_names(capsys):
     match = lambda theirs, classes: common.match_classes(theirs, classes)[:2]
     assert match(["LABEL_0", "LABEL_1"], ["b", "a"]) == ([0, 1], ["b", "a"])
     assert match(["x", "y"], ["0", "1"]) == ([0, 1], ["x", "y"])
+    assert match(["x", "y"], ["1", "2"])[0] is None and match(["1", "0"], ["0", "1"])[0] == [1, 0]
     names, few = [f"class {i}" for i in range(1000)], ["a", "b", "c"]
     twice = [*names[:999], names[0]]
     assert match(twice, names)[0] == match(twice, twice)[0] == [*range(1000)]
