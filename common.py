@@ -838,9 +838,10 @@ def encode(tokenizer, texts, end=(), framed=False, special=False):
     text, or with `special` this token.
     """
     backend, ids = tokenizer.backend_tokenizer, []
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = not special
+    if backend.truncation or backend.padding or backend.encode_special_tokens == special:
+        backend.no_truncation()  # rarely set: it has to wait while another thread uses the tokenizer
+        backend.no_padding()
+        backend.encode_special_tokens = not special
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token, so never hold many
         chunk = backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=framed)
         ids += [np.array([*encoding.ids, *end], np.int32) for encoding in chunk]
