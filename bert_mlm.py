@@ -590,7 +590,7 @@ def use(cfg):
         fills = fill_mask(model, tokenizer, cfg.prompt)
         print("\n\n".join("\n".join(f"{p:6.1%}  {text!r}" for p, text in best) for best in fills))
     if cfg.embed:
-        texts = Path(cfg.embed).read_text("utf-8-sig", errors="replace").removesuffix("\n").split("\n")
+        texts = next(common.read_texts([cfg.embed], "text"))["text"].removesuffix("\n").split("\n")
         vectors = embed(model, tokenizer, texts, **options)
         np.save(out, vectors)
         print(f"{len(vectors):,} vectors of {vectors.shape[1]} are in {out}")

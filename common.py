@@ -392,8 +392,10 @@ def find_files(path, roles):
     if kind == "parquet":  # one without rows may have no types, and the first one's are those of all
         footers = {file: pq.read_metadata(file) for file in files}
         files = [file for file in files if footers[file].num_rows] or files
-        unlike = [f for f in files if {*footers[f].schema.names} != {*footers[files[0]].schema.names}]
-        expect(not unlike, f"{unlike[:1]} has other columns than {files[0]}")
+        about = {f: (footers[f].metadata or {}).get(b"huggingface", b"") for f in files}
+        has = {f: ({*footers[f].schema.names}, re.findall(rb'"names": (\[.*?\])', about[f])) for f in files}
+        unlike = [f for f in files if has[f] != has[files[0]]]
+        expect(not unlike, f"{unlike[:1]} has other columns, or classes, than {files[0]}")
     root = path if path.is_dir() else os.path.commonpath([Path(file).parent for file in files])
     splits = {}
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
@@ -522,7 +524,11 @@ def sift(records, columns, classes=None):
     for i, values in enumerate(zip(*records.values())):
         try:
             record = parse(dict(zip(records, values)))
-            row = {role: usable(role, record.get(column), classes) for role, column in columns.items()}
+            if not record:
+                continue
+            if lacking := {*columns.values()} - {*record}:
+                raise ValueError(f"no {', '.join(sorted(lacking))} in it")
+            row = {role: usable(role, record[column], classes) for role, column in columns.items()}
         except ValueError as error:
             bad[i] = in_brief(error)
             continue
