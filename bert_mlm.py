@@ -428,9 +428,10 @@ def make_optimizer(cfg, schedule):
 def make_train_step(graphdef, state, cfg, schedule, mask):
     """jit: (state, batch, key of this step) -> (state, metrics). The state is donated; `mask` draws masks."""
     shardings, accum = jax.tree.map(lambda x: x.sharding, state), common.microbatches(cfg)
-    mesh, model_def = jax.tree.leaves(shardings)[0].mesh, nnx.graphdef(nnx.merge(graphdef, state)[0])
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    model_def = nnx.graphdef(nnx.merge(graphdef, state)[0])  # graphdef is of (model, optimizer)
 
-    # a device differentiates the loss of its own rows; by itself XLA sums over devices in every microbatch
+    # each device sums the gradients of its own rows; XLA alone would sum over devices in every microbatch
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P(), check_vma=False)
     def gradients(params, batch, key):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
@@ -681,7 +682,7 @@ def main(cfg):
     model, schedule = build(cfg, tokenizer, cfg.task, sources[0].classes), make_schedule(cfg)
     config = model.config
     positions = tokenizer.model_max_length = config.max_position_embeddings
-    expect(positions >= T, f"--seq-len {T}: {cfg.init_from} has {positions} positions")
+    expect(positions >= T, f"--seq-len {T}: at most {positions} with {cfg.init_from}")
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, cfg, schedule, mask)

@@ -80,7 +80,8 @@ def in_brief(error):
     if isinstance(error, UsageError):
         return str(error)
     error = error.__cause__ or error  # some libraries wrap, and tell nothing
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = repr(error) if isinstance(error, LookupError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -89,7 +90,8 @@ def blame(where):
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunError | ModuleNotFoundError) or str(error).startswith(where):
+        ours = RunError | ModuleNotFoundError | NameError  # the last of a slip in code that was changed
+        if isinstance(error, ours) or str(error).startswith(where):
             raise
         raise UsageError(f"{where}: {in_brief(error)}") from error
 
@@ -586,9 +588,9 @@ class Stream:
         if seed is not None:  # shards (row groups of parquet) are shuffled, and shared by the processes
             rank, world = jax.process_index(), jax.process_count()
             self.dataset = split_dataset_by_node(self.dataset.reshard(), rank, world, strategy="shards")
-        # of the window under way: epoch, what `datasets` needs to open it, number of its first record, rows
-        # given; of all epochs: records read, bad ones
-        self.position = dict(epoch=0, state=None, record=0, row=0, seen=0, bad=0)
+        # epoch, and in it the window under way: where it starts (for `datasets`, as a number), rows given
+        self.position = dict(epoch=0, state=None, record=0, row=0)
+        self.position |= dict(seen=0, bad=0)  # records read and bad ones, of all epochs
 
     def __iter__(self):
         for records in self.windows():
@@ -620,6 +622,8 @@ class Stream:
                 for records in self.dataset.iter(self.window):
                     failures = 0
                     yield records
+            except NameError:
+                raise
             except Exception as error:  # the network's, pyarrow's, pandas' and zlib's have no common kind
                 failures += 1
                 wait_after(error, failures, self.source.retries)
@@ -1038,6 +1042,7 @@ class Run:
         path = self.dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         lines = [json.loads(line) for line in lines if line.endswith("}\n")]  # a kill may cut one short
+        # one may not be whole yet: two must have been due
         lost = self.step == 0 and lines and lines[-1]["step"] > 2 * self.cfg.ckpt_every
         expect(not lost, f"--resume: {self.dir} was trained, and its checkpoints are gone")
         self.lines = [line for line in lines if line["step"] <= self.step]  # the rest comes again
@@ -1195,11 +1200,20 @@ class Run:
         for axes, names in zip(figure.subplots(1, len(panels)), panels):
             for name in names:
                 points = [(line["step"], line[name]) for line in self.lines if name in line]
-                axes.plot(*zip(*points), marker="." if name.startswith("val") else "", label=name)
+                marker, color = (".", "C1") if name.startswith("val") else ("", "C0")
+                axes.plot(*zip(*points), marker=marker, color=color, label=name)
                 if name.startswith("val"):
                     best = min if name in ("val_loss", "val_bpb") else max
                     step, value = best(points, key=lambda point: point[1])
-                    axes.plot(step, value, "k*", label=f"best, {value:.4g} at step {step}", zorder=3)
+                    axes.plot(
+                        step,
+                        value,
+                        "k*",
+                        mfc="none",
+                        ms=10,
+                        label=f"best, {value:.4g} at step {step}",
+                        zorder=3,
+                    )
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
         figure.savefig(self.dir / "curves.tmp.png", dpi=100)

@@ -232,10 +232,10 @@ class GPT(nnx.Module):
         return self.head(self.hidden(tokens, key)[0])[..., : self.config.vocab_size]
 
     def hidden(self, tokens, key=None, caches=None, pos=None):
-        """tokens (B, T) -> what the head reads (B, T, C).
+        """tokens (B, T) -> (what the head reads (B, T, C), caches).
 
-        In decoding the tokens stand at positions `pos` (B, T) of a longer text, of whose keys and values
-        (B, S, H, D) `caches` has a pair for every layer; it comes back with those of `tokens` put in.
+        In decoding the tokens stand at positions `pos` (B, T) of a longer text, else at 0 ... T - 1. `caches`
+        has its keys and values (B, S, H, D), a pair for every layer, and is returned with those of `tokens`.
         """
         n = len(self.h)
         pos = jnp.arange(tokens.shape[1])[None] if pos is None else pos
@@ -333,9 +333,10 @@ def make_optimizer(cfg, schedule):
 def make_train_step(graphdef, state, cfg, schedule):
     """jit: (state, tokens (B, T + 1), key of this step) -> (state, metrics). The state is donated."""
     shardings, accum = jax.tree.map(lambda x: x.sharding, state), common.microbatches(cfg)
-    mesh, model_def = jax.tree.leaves(shardings)[0].mesh, nnx.graphdef(nnx.merge(graphdef, state)[0])
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    model_def = nnx.graphdef(nnx.merge(graphdef, state)[0])  # graphdef is of (model, optimizer)
 
-    # a device differentiates the loss of its own rows; by itself XLA sums over devices in every microbatch
+    # each device sums the gradients of its own rows; XLA alone would sum over devices in every microbatch
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P(), check_vma=False)
     def gradients(params, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
@@ -509,7 +510,7 @@ def main(cfg):
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model, schedule = build(cfg, tokenizer), make_schedule(cfg)
     positions = tokenizer.model_max_length = model.config.n_positions
-    expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: {cfg.init_from} has {positions} positions")
+    expect(cfg.seq_len <= positions, f"--seq-len {cfg.seq_len}: at most {positions} with {cfg.init_from}")
     prompts = encode_prompts(tokenizer, cfg.prompt or [""], positions)
     graphdef, state = nnx.split((model, nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)))
     state = common.shard_state(mesh, state, cfg.fsdp)

@@ -457,6 +457,14 @@ def test_web_that_fails_changes_no_row_and_is_given_up_in_the_end(tmp_path, monk
     whole = Path("files/a.parquet").read_bytes()
     write({"hole.parquet": whole[:150_000] + bytes(30_000) + whole[180_000:]})
     write({"cut.jsonl.gz": gzip.compress(jsonl(texts).encode())[:-200]})
+
+    def slip():
+        yield {"text": "1"}
+        yield {"text": undefined}  # noqa: F821
+
+    source = common.Source({"train": datasets.IterableDataset.from_generator(slip)}, {"text": "text"})
+    with pytest.raises(NameError):  # with its traceback: it is no fault of the data
+        [*Stream(source, texts_of, 1, 0)]
     broken = {"hole.parquet": "the data failed: ", "cut.jsonl.gz": "the data failed: cut.jsonl.gz: "}
     for name, message in broken.items():  # files that lie here are not opened again
         rows = iter(Stream(open_train(name)[0], make_rows, 10, 0))
