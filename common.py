@@ -1197,7 +1197,7 @@ class Run:
         scores = [[name] for name in self.last if name.startswith("val_") and name != "val_loss"]
         panels = [["loss", "val_loss"], *scores, ["grad_norm"], ["lr"]]
         figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-        for axes, names in zip(figure.subplots(1, len(panels)), panels):
+        for axes, names in zip(figure.subplots(1, len(panels), sharex=True), panels):
             for name in names:
                 points = [(line["step"], line[name]) for line in self.lines if name in line]
                 marker, color = (".", "C1") if name.startswith("val") else ("", "C0")
