@@ -110,8 +110,6 @@ def load_tokenizer(name, documents=()):
         with common.blame(f"--tokenizer {name}"):
             for role in ("mask_token", "cls_token", "sep_token", "pad_token"):
                 expect(getattr(tokenizer, role) is not None, f"has no {role}; BERT needs one")
-            ids, ends = tokenizer("a")["input_ids"], [tokenizer.cls_token_id, tokenizer.sep_token_id]
-            expect(ids[:1] + ids[-1:] == ends, "does not make [CLS] text [SEP] of a text")
             right = tokenizer.truncation_side == tokenizer.padding_side == "right"
             expect(right, "truncates or pads at the left, only the right is supported")
         return tokenizer
@@ -624,6 +622,12 @@ def build(cfg, tokenizer, head, classes=None):
     V, options = max(tokenizer.get_vocab().values()) + 1, dict(head=head, dtype=cfg.dtype, remat=cfg.remat)
     rates = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout"
     fields = dict.fromkeys(rates.split(), cfg.dropout or 0.0)
+    ids, sep, cls = tokenizer("a")["input_ids"], tokenizer.sep_token_id, tokenizer.cls_token_id
+    if [*ids[:1], *ids[-1:]] != [cls, sep]:  # a new model has its rows so, and texts when it is used
+        name = cfg.tokenizer or cfg.init_from
+        expect(not cfg.init_from, f"--tokenizer {name}: does not make [CLS] text [SEP] of a text")
+        frame_of = BertProcessing((tokenizer.sep_token, sep), (tokenizer.cls_token, cls))
+        tokenizer.backend_tokenizer.post_processor = frame_of
     if cfg.init_from:
         options |= dict(classes=classes, seed=cfg.seed if cfg.steps else None)
         with common.blame(f"--init-from {cfg.init_from}"):
