@@ -848,8 +848,8 @@ def test_dropout_remat_bfloat16_and_the_code_for_accelerators(kind, monkeypatch)
             np.testing.assert_allclose(see(kind, kind.model(), batch), plain, atol=1e-5)
         x = kind.script.dropout(jnp.ones(100_000), 0.2, key)
         assert abs(x.mean() - 1) < 0.01 and abs((x == 0).mean() - 0.2) < 0.01
-        exported(kind, kind.model(rate=0.1))
-        tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0}, eos_token_id=0, pad_token_id=0)
+        exported(kind, kind.model(rate=0.1, vocab_size=300))
+        tokenizer = kind.script.load_tokenizer("bpe:300")
         for flag, rate in {None: 0.1, 0.0: 0.0}.items():  # the checkpoint's, but for a flag
             cfg = kind.script.Config(init_from="exported", dropout=flag)
             head = ["mlm"] if kind is bert else []
