@@ -347,13 +347,13 @@ def from_pretrained(path, *, head="any", classes=None, seed=None, dtype="float32
     if head == "any":
         marks = {"classifier.weight": "classify", "cls.predictions.transform.dense.weight": "mlm"}
         head = next((marks[name] for name in marks if name in weights), None)
-    if classes:
-        theirs = common.class_names(config) if classifier else []
-        order, classes, why = common.match_classes(theirs, classes)
+    if classes and classifier:
+        order, classes, why = common.match_classes(common.class_names(config), classes)
         for name in classifier:
             w = weights.pop(name)
             if order:  # one of another size is refused below
                 weights[name] = w[..., order] if w.shape[-1] == len(order) else w
+    if classes:
         config.update(common.label_names(classes))
     create = lambda: BERT(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed or 0))
     model = nnx.eval_shape(create) if seed is None else nnx.jit(create)()

@@ -303,7 +303,7 @@ def open_source(name, configuration, commit, roles, retries):
             builder.config.keep_default_na = False
             builder.config.quoting = csv.QUOTE_NONE if builder.config.sep == "\t" else csv.QUOTE_MINIMAL
         files = {str(split): [*map(str, part)] for split, part in (builder.config.data_files or {}).items()}
-        # its JSON would end at a corrupt line, and puts quotes around texts where a number is among them
+        # its own reader of JSON ends at a corrupt line, and quotes the texts where a number is among them
         is_json = {kind_of(file) for part in files.values() for file in part} == {"json"}
         is_plain = is_json and not (builder.config.field or builder.info.features)
         splits = open_files(files) if is_plain else builder.as_streaming_dataset()
@@ -367,12 +367,12 @@ def split_in(name):
     return next((SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS), None)
 
 
-def split_above(folders):
-    """How many of a picture's folders are not below the one that names its split: 0 where none does."""
-    for i, folder in enumerate(folders, 1):
-        is_class = i == len(folders) and re.search("[^a-z]+[a-z]", folder.lower())  # as in test_tube
+def split_depth(folders):
+    """How deep in a picture's folders the one lies that names its split, above its class; 0 without one."""
+    for n, folder in enumerate(folders, 1):
+        is_class = n == len(folders) and re.search("[^a-z]+[a-z]", folder.lower())  # as in test_tube
         if split_in(folder) and not is_class:
-            return i
+            return n
     return 0
 
 
@@ -403,9 +403,9 @@ def find_files(path, roles):
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
         *names, stem = Path(file).relative_to(root).with_suffix("").parts
         names += [] if path.is_file() or kind in ("text", "images") else [stem]
-        names = names[: split_above(names)] if kind == "images" else names
+        names = names[: split_depth(names)] if kind == "images" else names
         splits.setdefault(next(filter(None, map(split_in, names)), "train"), []).append(file)
-    for part in splits.values() if kind in ("csv", "tsv") else ():
+    for part in splits.values() if kind in ("csv", "tsv") else ():  # as `split -l` makes them: one header
         rows = {file: next(read_texts([file], kind), None) for file in part}
         first, *others = [file for file in part if rows[file]] or part
         unlike = [file for file in others if {*rows[file]} != {*rows[first]}]
@@ -459,8 +459,8 @@ def read_texts(files, kind):
                 names = next(rows, [])
                 if any(re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", name) for name in names):
                     rows, names = chain([names], rows), [f"column {i}" for i in range(len(names))]
-                is_one = len(names) == 1 and re.search(r"[;|\t]", names[0])
-                expect(not is_one, "is not separated by ,")
+                is_uncut = len(names) == 1 and re.search(r"[;|\t]", names[0])
+                expect(not is_uncut, "is not separated by ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
                 for row in rows:  # one of another length is bad: as a list it is no text
@@ -473,7 +473,7 @@ def open_pictures(files):
 
     def class_of(file):
         folders = Path(file).relative_to(root).parts[:-1]
-        return "".join(folders[split_above(folders) :][:1])
+        return "".join(folders[split_depth(folders) :][:1])
 
     def read(files):
         for file in files:
@@ -522,13 +522,13 @@ def find_columns(roles, dataset):
 
 def sift(records, columns, classes=None):
     """The good ones of {column: list} as {role: list}, and {offset: why} of the bad. Empty is neither."""
-    good, bad = {role: [] for role in columns}, {}
+    good, bad, wanted = {role: [] for role in columns}, {}, {*columns.values()}
     for i, values in enumerate(zip(*records.values())):
         try:
             record = parse(dict(zip(records, values)))
             if not record:
                 continue
-            if lacking := {*columns.values()} - {*record}:
+            if lacking := wanted - record.keys():
                 raise ValueError(f"no {', '.join(sorted(lacking))} in it")
             row = {role: usable(role, record[column], classes) for role, column in columns.items()}
         except ValueError as error:
@@ -883,17 +883,16 @@ def brief(names):
 def match_classes(theirs, classes):
     """Find `classes` among those of a head: by name, or in their order where one side just counts them.
 
-    Gives (the place of each or None, names for the head, why there is no place).
+    Gives (the place of each or None, names for the head, "" or why there is no place).
     """
-    why = f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
     if sorted(theirs) == sorted({*classes}):
-        return [theirs.index(name) for name in classes], classes, why
+        return [theirs.index(name) for name in classes], classes, ""
     counts = [[*map(str, range(len(classes)))], [f"LABEL_{i}" for i in range(len(classes))]]
     # models of ImageNet know two classes as crane, which a data set cannot
     alike = sum(a == b for a, b in zip(theirs, classes)) > 0.99 * len(theirs)
     if (theirs in counts or classes in counts or alike) and len(theirs) == len(classes):
-        return [*range(len(classes))], theirs if classes in counts else classes, why
-    return None, classes, why
+        return [*range(len(classes))], theirs if classes in counts else classes, ""
+    return None, classes, f"its classes are {brief(theirs)}; those of the data are {brief(classes)}"
 
 
 def read_pretrained(kinds, path, followed):
@@ -913,8 +912,9 @@ def read_pretrained(kinds, path, followed):
     free = [*followed.split(), *NOT_COMPUTED.split()]
     for name, only in defaults.items():
         value = getattr(config, name, only)
-        is_ours = name in free or value in (only, "single_label_classification")  # what our heads do
-        expect(is_ours, f"{name} is {value}, only {only} is supported")
+        # the second is a problem_type: what our heads do
+        is_followed = name in free or value in (only, "single_label_classification")
+        expect(is_followed, f"{name} is {value}, only {only} is supported")
     index, files, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.exists() and not (folder / files[0]).exists():
         files = sorted({*json.loads(index.read_text())["weight_map"].values()})
@@ -979,14 +979,14 @@ class Run:
             self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if cfg.resume:  # refuse by name what would change the meaning of the run's checkpoint
-            first, change = read_run(self.dir), "it would go on with other rows"
-            self.id, free = first["id"], {*RunConfig.__dataclass_fields__, *free.split()}
+            began, change = read_run(self.dir), "it would go on with other rows"
+            self.id, free = began["id"], {*RunConfig.__dataclass_fields__, *free.split()}
             for name in [name for name in config if name not in free]:
-                was, flag = first["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
+                was, flag = began["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
                 start = f"the run in {self.dir} was started with {was}; start a new run to change it"
                 expect(config[name] == was, f"{flag} {config[name]}: {start}")
             for name, value in data.items():
-                was = first["data"].get(name)
+                was = began["data"].get(name)
                 expect(value == was, f"--resume: other {name} ({value}, before {was}); {change}")
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
@@ -1064,7 +1064,7 @@ class Run:
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
         print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}")
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
-        self.waited, self.zero = 0.0, time.perf_counter()  # of its clock, moved on by pauses
+        self.waited, self.zero = 0.0, time.perf_counter()  # the latter of the clock, moved on by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
         if self.wandb and self.leads:
@@ -1205,15 +1205,8 @@ class Run:
                 if name.startswith("val"):
                     best = min if name in ("val_loss", "val_bpb") else max
                     step, value = best(points, key=lambda point: point[1])
-                    axes.plot(
-                        step,
-                        value,
-                        "k*",
-                        mfc="none",
-                        ms=10,
-                        label=f"best, {value:.4g} at step {step}",
-                        zorder=3,
-                    )
+                    label = f"best, {value:.4g} at step {step}"
+                    axes.plot(step, value, "k*", mfc="none", ms=10, label=label, zorder=3)
             axes.set(xlabel="step", ylabel=names[0])
             axes.legend(frameon=False)
         figure.savefig(self.dir / "curves.tmp.png", dpi=100)

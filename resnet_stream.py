@@ -382,7 +382,7 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     expect(stem in ("imagenet", "cifar"), f"stem is {stem}, only imagenet and cifar are supported")
     theirs = common.class_names(config) if "classifier.1.weight" in weights else []
     order, names, why = common.match_classes(theirs, classes or theirs)
-    expect(order or (classes and new_head), why)
+    expect(order or (classes and new_head), why or "has no classes")
     if not order:
         print(f"head       new: {why}")
     config.update(common.label_names(names))
