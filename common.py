@@ -26,6 +26,7 @@ from importlib.metadata import version
 from itertools import chain, count, islice
 from pathlib import Path
 
+STARTED = time.perf_counter()
 IS_PROGRAM = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent
 if IS_PROGRAM and sys.platform == "linux":
     # glibc hands big buffers back after every step, 20-30 % of a step on a CPU: tell it to keep them
@@ -59,7 +60,6 @@ from tqdm import tqdm
 
 if sys.modules.get("torch", "") is None:
     del sys.modules["torch"]
-STARTED = time.perf_counter()
 
 
 class UsageError(ValueError):
@@ -405,11 +405,6 @@ def find_files(path, roles):
         names += [] if path.is_file() or kind in ("text", "images") else [stem]
         names = names[: split_depth(names)] if kind == "images" else names
         splits.setdefault(next(filter(None, map(split_in, names)), "train"), []).append(file)
-    for part in splits.values() if kind in ("csv", "tsv") else ():  # as `split -l` makes them: one header
-        rows = {file: next(read_texts([file], kind), None) for file in part}
-        first, *others = [file for file in part if rows[file]] or part
-        unlike = [file for file in others if {*rows[file]} != {*rows[first]}]
-        expect(not unlike, f"{unlike[:1]} has other columns than {first}")
     return splits
 
 
@@ -432,7 +427,7 @@ def open_files(files):
 
 
 def read_texts(files, kind):
-    """Records {column: str} of text files: documents, records of JSON, or rows of a csv or tsv.
+    """{"text": document} of text files, {JSON: record} of those of JSON, csv or tsv.
 
     Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """
@@ -463,8 +458,8 @@ def read_texts(files, kind):
                 expect(not is_uncut, "is not separated by ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
-                for row in rows:  # one of another length is bad: as a list it is no text
-                    yield dict(zip(names, row) if len(row) == len(names) else dict.fromkeys(names, row))
+                for row in rows:  # one of another length is bad, and so are those of files without the column
+                    yield {JSON: json.dumps(dict(zip(names, row)) if len(row) == len(names) else row)}
 
 
 def open_pictures(files):
@@ -549,7 +544,7 @@ def parse(record):
     except RecursionError as error:
         raise ValueError("JSON too deep") from error
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError(f"not a record of named values: {repr(record)[:40]}")
     return record
 
 
