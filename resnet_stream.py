@@ -582,8 +582,9 @@ def check(cfg):
     common.check(cfg, "shuffle_buffer", "width")
     expect(cfg.image_size is None or cfg.image_size > 0, f"--image-size {cfg.image_size}: must be at least 1")
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
-    least = min(cfg.crop_pad, cfg.mixup, cfg.eval_batches, cfg.num_classes or 0)
-    expect(least >= 0, "--crop-pad, --mixup, --eval-batches and --num-classes: must not be negative")
+    least = min(cfg.crop_pad, cfg.eval_batches, cfg.num_classes or 0)
+    expect(least >= 0, "--crop-pad, --eval-batches and --num-classes: must not be negative")
+    expect(0 <= cfg.mixup < math.inf, f"--mixup {cfg.mixup}: must be finite and not negative")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
     expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
     for name in ("ema", "momentum", "label_smoothing"):
