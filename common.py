@@ -240,7 +240,7 @@ KINDS |= {".tsv": "tsv", ".tar": "webdataset", ".txt": "text", ".md": "text", ".
 KINDS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".bmp", ".gif"), "images")
 KINDS |= dict.fromkeys((".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif", ".heic"), "images")
 SPLITS = {word: str(split) for split, words in datasets.data_files.SPLIT_KEYWORDS.items() for word in words}
-JSON = "record as JSON"  # column of what is parsed later, so that a corrupt record is one bad record
+BAD = "__bad__"  # of what could not be read, in a record's place: {BAD: why}
 
 
 @dataclasses.dataclass
@@ -427,7 +427,7 @@ def open_files(files):
 
 
 def read_texts(files, kind):
-    """{"text": document} of text files, {JSON: record} of those of JSON, csv or tsv.
+    """{"text": document}, or {column: value} of records of JSON, csv or tsv; {BAD: why} of a bad one.
 
     Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """
@@ -444,9 +444,14 @@ def read_texts(files, kind):
             elif kind == "json" and (first[:1] == "[" or first.strip() == "{"):  # not one record a line
                 found = json.loads("".join(lines))
                 for record in found if isinstance(found, list) else [found]:
-                    yield {JSON: json.dumps(record if isinstance(record, dict) else {"text": record})}
+                    yield record if isinstance(record, dict) else {"text": record}
             elif kind == "json":
-                yield from ({JSON: line} for line in lines)
+                for line in lines:
+                    try:
+                        record = json.loads(line.strip() or "{}")
+                    except (ValueError, RecursionError) as error:
+                        record = {BAD: in_brief(error)}
+                    yield record if isinstance(record, dict) else {BAD: "not a JSON object"}
             else:
                 tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else {}
                 # strict: else an open quote takes the rest of the file
@@ -458,8 +463,9 @@ def read_texts(files, kind):
                 expect(not is_uncut, "is not separated by ,")
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
-                for row in rows:  # one of another length is bad, and so are those of files without the column
-                    yield {JSON: json.dumps(dict(zip(names, row)) if len(row) == len(names) else row)}
+                for row in rows:
+                    is_whole, lengths = len(row) == len(names), f"{len(row)} values in {len(names)} columns"
+                    yield dict(zip(names, row)) if is_whole else {BAD: lengths}
 
 
 def open_pictures(files):
@@ -491,10 +497,7 @@ def open_pictures(files):
 
 def find_columns(roles, dataset):
     """{role: column}: the one asked for, else the only one of its type, its usual name, or that is left."""
-    records = []
-    for record in islice(dataset, 10):
-        with suppress(ValueError):  # a bad one
-            records.append(parse(record))
+    records = [*islice(dataset, 10)]
     names = [*dict.fromkeys(name for record in records for name in record if not name.startswith("__"))]
     expect(names, "no records in it, or none of the first ones can be read")
     types, features = {"image": datasets.Image, "label": datasets.ClassLabel}, dataset.features or {}
@@ -509,58 +512,46 @@ def find_columns(roles, dataset):
         others = f"one of {', '.join(names)}; name one of {holds}: --{role}-column"
         what = f"no column {asked}" if asked else f"cannot tell the {role} column"
         expect(found in names, f"{what}, {others}")
-        good, _ = sift({found: [record.get(found) for record in records]}, {role: found})
+        good, _ = sift(records, {role: found})
         expect(good[role], f"no {role} in column {found}, {others}")
         columns[role] = found
     return {role: columns[role] for role in roles}
 
 
 def sift(records, columns, classes=None):
-    """The good ones of {column: list} as {role: list}, and {offset: why} of the bad. Empty is neither."""
-    good, bad, wanted = {role: [] for role in columns}, {}, {*columns.values()}
-    for i, values in enumerate(zip(*records.values())):
+    """The good ones of `records` as {role: list}, and {offset: why} of the bad. Empty is neither."""
+    good, bad = {role: [] for role in columns}, {}
+    for i, record in enumerate(records):
         try:
-            record = parse(dict(zip(records, values)))
-            if not record:
-                continue
-            if lacking := wanted - record.keys():
-                raise ValueError(f"no {', '.join(sorted(lacking))} in it")
-            row = {role: usable(role, record[column], classes) for role, column in columns.items()}
+            for role, value in usable(record, columns, classes).items():
+                good[role].append(value)
         except ValueError as error:
             bad[i] = in_brief(error)
-            continue
-        if row.get("text") != "":
-            for role, value in row.items():
-                good[role].append(value)
     return good, bad
 
 
-def parse(record):
-    """A record {column: value}, {} of an empty line of JSON. Raises ValueError."""
-    if JSON not in record:
-        return record
-    try:
-        record = json.loads(record[JSON].strip() or "{}")
-    except RecursionError as error:
-        raise ValueError("JSON too deep") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"not a record of named values: {repr(record)[:40]}")
-    return record
-
-
-def usable(role, value, classes):
-    """The value as text, int or encoded picture; "" for an empty text. ValueError says why it is bad."""
-    if role == "text" and value is None:
-        return ""
-    if role == "label" and re.fullmatch(r"\s*\d+(\.0*)?\s*", str(value)):  # of a csv, or floats beside gaps
-        value = int(float(value))
-    if not isinstance(value, {"text": str, "label": int, "image": bytes | dict}[role]):
-        raise ValueError(f"{role} is {'missing' if value is None else repr(value)[:40]}")
-    if role == "text":
-        value.encode()  # half a character (a lone surrogate) is a ValueError here
-    if role == "label" and not 0 <= value < (len(classes) if classes else math.inf):
-        raise ValueError(f"label is {value}" + (f", and there are {len(classes)} classes" if classes else ""))
-    return value
+def usable(record, columns, classes):
+    """{role: text, int or encoded picture} of a record, {} of an empty one. ValueError says why it is bad."""
+    if BAD in record:
+        raise ValueError(record[BAD])
+    row = {}
+    for role, column in columns.items() if record else ():
+        if column not in record:
+            raise ValueError(f"no {column} in it")
+        value = "" if role == "text" and record[column] is None else record[column]
+        if role == "label" and re.fullmatch(
+            r"\s*\d+(\.0*)?\s*", str(value)
+        ):  # of a csv, or floats beside gaps
+            value = int(float(value))
+        if not isinstance(value, {"text": str, "label": int, "image": bytes | dict}[role]):
+            raise ValueError(f"{role} is {'missing' if value is None else repr(value)[:40]}")
+        if role == "text":
+            value.encode()  # half a character (a lone surrogate) is a ValueError here
+        if role == "label" and not 0 <= value < (len(classes) if classes else math.inf):
+            known = f", and there are {len(classes)} classes" if classes else ""
+            raise ValueError(f"label is {value}{known}")
+        row[role] = value
+    return {} if row.get("text") == "" else row
 
 
 # ---- streams: IterableDataset -> rows -> batches -> ahead of the device ----
@@ -589,7 +580,7 @@ class Stream:
 
     def __iter__(self):
         for records in self.windows():
-            at, n = self.position, len(next(iter(records.values())))
+            at, n = self.position, len(records)
             good, bad = sift(records, self.source.columns, self.source.classes)
             rng = np.random.default_rng([self.seed or 0, at["epoch"], jax.process_index(), at["record"]])
             rows = self.make_rows(good, rng)
@@ -605,7 +596,7 @@ class Stream:
             self.position = at | dict(state=state, record=at["record"] + n, row=0)
 
     def windows(self):
-        """Windows of raw records, {column: list}, from the one on in which `position` is."""
+        """Windows of raw records, [{column: value}], from the one on in which `position` is."""
         failures = 0
         while True:
             at = self.position
@@ -614,9 +605,10 @@ class Stream:
                 if self.seed is not None:  # datasets orders the shards by it; 0 would keep the files' order
                     self.dataset.set_epoch(1 + 1000 * self.seed + at["epoch"])
                 self.dataset.load_state_dict(at["state"])
-                for records in self.dataset.iter(self.window):
+                records = iter(self.dataset)
+                while window := [*islice(records, self.window)]:
                     failures = 0
-                    yield records
+                    yield window
             except NameError:
                 raise
             except Exception as error:  # the network's, pyarrow's, pandas' and zlib's have no common kind

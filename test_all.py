@@ -511,7 +511,7 @@ def test_bad_records_are_skipped_logged_counted_and_stop_the_stream_where_they_a
     for n in (1, 31):  # the first is inside a window with a bad record
         assert [p["bad_records"] for _, p in islice(stream(found[n - 1][1], n), 100 - n)] == counts[n:]
     said = capfd.readouterr().err
-    whys = {7: "not a record of", 27: "text is 5", 47: "Unterminated string", 67: "no text in it"}
+    whys = {7: "not a JSON object", 27: "text is 5", 47: "Unterminated string", 67: "no text in it"}
     for i, why in whys.items():
         assert f"data: skipped record {i} of epoch 0: {why}" in said and f"record {i} of epoch 1" in said
 
