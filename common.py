@@ -203,10 +203,10 @@ def join_processes(cfg):
 
 
 def check(cfg, *at_least_one):
-    """What every script asks of its flags, and that those named in `at_least_one` are so."""
+    """What every script asks of its flags, and that those named in `at_least_one` are so, or None."""
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(cfg, name)}"
     for name in (*at_least_one, "batch_size", "device_rows", "log_every", "eval_every", "ckpt_every", "keep"):
-        expect(getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
+        expect(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
     for name in ("steps", "retries", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip", "seed"):
         expect(0 <= getattr(cfg, name) < math.inf, f"{flag(name)}: must be finite and not negative")
     expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
@@ -538,10 +538,10 @@ def usable(record, columns, classes):
     for role, column in columns.items() if record else ():
         if column not in record:
             raise ValueError(f"no {column} in it")
-        value = "" if role == "text" and record[column] is None else record[column]
-        if role == "label" and re.fullmatch(
-            r"\s*\d+(\.0*)?\s*", str(value)
-        ):  # of a csv, or floats beside gaps
+        value, whole = record[column], r"\s*\d+(\.0*)?\s*"  # of a csv, or floats beside gaps
+        if role == "text" and value is None:
+            value = ""
+        if role == "label" and re.fullmatch(whole, str(value)):
             value = int(float(value))
         if not isinstance(value, {"text": str, "label": int, "image": bytes | dict}[role]):
             raise ValueError(f"{role} is {'missing' if value is None else repr(value)[:40]}")
