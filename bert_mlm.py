@@ -722,8 +722,7 @@ def main(cfg):
             run.log(state, metrics)
             if run.due(cfg.eval_every):
                 with run.pause():
-                    result = evaluate(state)
-                run.flush(result)
+                    run.flush(evaluate(state))
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last

@@ -1051,7 +1051,7 @@ class Run:
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
         print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}")
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
-        self.waited, self.zero = 0.0, time.perf_counter()  # the latter of the clock, moved on by pauses
+        self.waited, self.paused, self.zero = 0.0, None, time.perf_counter()  # the last is moved by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
         if self.wandb and self.leads:
@@ -1137,7 +1137,7 @@ class Run:
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the last good checkpoint is {self.saved}; {advice}")
         step, metrics, bad = fetched[-1]
-        self.marks.append(np.array([step, time.perf_counter() - self.zero, self.waited]))
+        self.marks.append(np.array([step, (self.paused or time.perf_counter()) - self.zero, self.waited]))
         steps, seconds, waited = (self.marks[-1] - self.marks[-2]).tolist()
         rate, wait = steps * self.per_step / seconds, waited / seconds
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -1156,16 +1156,15 @@ class Run:
             figures = "".join(f" {name} {value:.4f}" for name, value in (validation or {}).items())
             tqdm.write(f"step {step}: {text}{figures}")
         if validation and self.leads:
-            with self.pause():
-                self.draw()
+            self.draw()
 
     @contextmanager
     def pause(self):
         """Stop the clock for an evaluation or a sample."""
         jax.block_until_ready(self.pending)
-        start = time.perf_counter()
+        self.paused = time.perf_counter()
         yield
-        self.zero += time.perf_counter() - start
+        self.zero, self.paused = self.zero + time.perf_counter() - self.paused, None
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""

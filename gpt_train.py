@@ -443,7 +443,7 @@ def encode_prompts(tokenizer, texts, positions):
 
 
 def complete(model, tokenizer, rows, cfg, key):
-    """Each of the rows of token ids with what the model makes of it, as text."""
+    """The text of each of the rows of token ids, and how the model goes on; "---" between two."""
     positions, eos = model.config.n_positions, tokenizer.eos_token_id
     lengths = [len(row) for row in rows]
     new = min(cfg.max_new_tokens, positions - max(lengths))
@@ -452,7 +452,8 @@ def complete(model, tokenizer, rows, cfg, key):
     tokens = np.array([row + [0] * (max(lengths) - len(row)) for row in rows])
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, eos=eos)
     out = common.to_host(generate(model, tokens, new, key=key, lengths=lengths, **options))
-    return [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
+    texts = [tokenizer.decode(row[: n + new], skip_special_tokens=True) for row, n in zip(out, lengths)]
+    return "\n---\n".join(texts)
 
 
 # ---- the run ----
@@ -494,7 +495,7 @@ def main(cfg):
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from)
         model = build(cfg, tokenizer)
         prompts = encode_prompts(tokenizer, cfg.prompt, model.config.n_positions)
-        print("\n---\n".join(complete(model, tokenizer, prompts, cfg, sampling)))
+        print(complete(model, tokenizer, prompts, cfg, sampling))
         return {}
 
     # data: documents to validate on, the tokenizer, and rows of tokens
@@ -546,13 +547,11 @@ def main(cfg):
             run.log(state, metrics)
             if run.due(cfg.eval_every):
                 with run.pause():
-                    result = evaluate(state)
-                run.flush(result)
+                    run.flush(evaluate(state))
             if run.due(cfg.sample_every):
                 with run.pause():
                     model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step + 1)
-                    texts = complete(model, tokenizer, prompts, cfg, sample_key)
-                run.bar.write("\n---\n".join(texts))
+                    run.bar.write(complete(model, tokenizer, prompts, cfg, sample_key))
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last

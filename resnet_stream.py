@@ -672,7 +672,7 @@ def main(cfg):
                     result, shown = evaluate(state)
                     if run.leads:
                         draw_predictions(run.dir / "predictions.png", shown, names)
-                run.flush(result)
+                    run.flush(result)
     save_pretrained(exported(graphdef, state), run.dir)
     print(f"a Hugging Face model folder is in {run.dir}")
     return run.last
