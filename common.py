@@ -288,8 +288,8 @@ def open_source(name, configuration, commit, roles, retries):
     name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
     path, files = Path(name).expanduser(), {}
     is_made = name in ("digits", "synthetic")
-    is_path = path.exists() or kind_of(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-    is_hub_id = not is_made and not is_path
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    is_hub_id = is_id and not (is_made or path.exists() or kind_of(name))
     expect(not configuration or is_hub_id or path.is_dir(), f"has no configuration {configuration}")
     card = path / "README.md"
     has_card = card.is_file() and re.search("^configs:", card.read_text(errors="replace"), re.M)
@@ -297,7 +297,7 @@ def open_source(name, configuration, commit, roles, retries):
         splits = built_in(name, roles)
     elif is_hub_id or has_card or configuration:
         # in small blocks: a resume fetches what it needs, not all that lies before it in the file
-        options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}}) if is_hub_id else {}
+        options = dict(revision=commit, storage_options={"hf": {"block_size": 1 << 16}})
         builder = datasets.load_dataset_builder(name if is_hub_id else str(path), configuration, **options)
         if hasattr(builder.config, "keep_default_na"):  # a csv as read_texts reads it: NA is a text
             builder.config.keep_default_na = False
@@ -313,9 +313,8 @@ def open_source(name, configuration, commit, roles, retries):
     splits = {SPLITS.get(split, split): ds for split, ds in splits.items()}
     splits = splits if len(splits) > 1 else {"train": next(iter(splits.values()))}
     expect("train" in splits, f"has no train split, only {', '.join(splits)}")
-    for split, ds in splits.items():
-        if any(isinstance(feature, datasets.Image) for feature in (ds.features or {}).values()):
-            splits[split] = ds.decode(False)  # pictures are decoded later, in threads
+    # pictures are decoded later, in threads
+    splits = {split: ds.decode(False) if ds.features else ds for split, ds in splits.items()}
     train, world = splits["train"], jax.process_count()
     columns = find_columns(roles, train)
     classes = getattr((train.features or {}).get(columns.get("label")), "names", None)
@@ -791,9 +790,7 @@ def to_host(array):
 
 
 def gather(value):
-    """The JSON `value` of every process, at most 64 kB of it, in a list."""
-    if jax.process_count() == 1:
-        return [value]
+    """The JSON `value` of every process, in a list; of several processes at most 64 kB each."""
     text = np.frombuffer(json.dumps(value).encode().ljust(1 << 16), np.uint8)
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(text)]
 
@@ -810,7 +807,6 @@ def snapshot(path, flag, patterns):
     """The local folder of a folder, a run directory or a hub id (there only files that match `patterns`)."""
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
-    expect(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), f"{flag} {path}: no such folder, and not a hub id")
     with blame(f"{flag} {path}: no such folder, nor on the hub"):
         return Path(snapshot_download(path, allow_patterns=patterns))
 

@@ -1768,7 +1768,7 @@ BAD[gpt_train] = {
     "--data utf16.txt": "utf16.txt: is UTF-16, expected UTF-8",
     f"--data {JSON} --val-docs 9": "--val-docs 9: there are 5; ask for fewer, or give --val-data",
     f"--data {JSON} --val-docs 5": "leaves none to train on",
-    "--init-from ./nowhere": "./nowhere: no such folder, and not a hub id",
+    "--init-from ./nowhere": "--init-from ./nowhere: no such folder, nor on the hub: Repo id must",
     "--init-from mixed --tokenizer byte": "--init-from mixed: no config.json in it",
     "--init-from gpt --seq-len 32": "no fast tokenizer in it (tokenizer.json)",
     f"{SOON} --init-from gpt": "ids up to 256, and gpt knows 199",
