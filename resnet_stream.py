@@ -351,8 +351,7 @@ class ResNet(nnx.Module):
             x = call(block, x, train)
         x = jax.lax.optimization_barrier(x)  # else jax 0.12's CPU compiler makes NaN of bfloat16 here
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
-        if key is not None and self.dropout > 0:
-            x = jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
+        x = nnx.Dropout(self.dropout)(x, deterministic=key is None, rngs=key)  # none without key
         return self.classifier(x)
 
 
