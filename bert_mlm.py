@@ -564,7 +564,7 @@ def embed(model, tokenizer, texts, *, pooling="mean", unit=True, max_length=None
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "val_docs", "shuffle_buffer", "n_layer", "n_head", "n_embd")
+    common.check(cfg, ["val_docs", "shuffle_buffer", "n_layer", "n_head", "n_embd"])
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
     expect(cfg.seq_len > 2, f"--seq-len {cfg.seq_len}: must hold [CLS], [SEP] and a token")
     expect(0 < cfg.mask_share < 1, f"--mask-share {cfg.mask_share}: must be in (0, 1)")

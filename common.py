@@ -202,15 +202,17 @@ def join_processes(cfg):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def check(cfg, *at_least_one):
-    """What every script asks of its flags, and that those named in `at_least_one` are so, or None."""
+def check(cfg, at_least_one, not_negative=(), below_one=()):
+    """What every script asks of its flags, and that those named are so, or None."""
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(cfg, name)}"
     for name in (*at_least_one, "batch_size", "device_rows", "log_every", "eval_every", "ckpt_every", "keep"):
         expect(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{flag(name)}: must be at least 1")
-    for name in ("steps", "retries", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip", "seed"):
+    rates = ("lr", "min_lr", "weight_decay", "grad_clip")
+    for name in (*not_negative, *rates, "steps", "retries", "warmup_steps", "seed"):
         expect(0 <= getattr(cfg, name) < math.inf, f"{flag(name)}: must be finite and not negative")
     expect(cfg.seed < 1 << 63, f"{flag('seed')}: must be below 2**63")
-    expect(0 <= (cfg.dropout or 0) < 1, f"{flag('dropout')}: must be in [0, 1)")
+    for name in (*below_one, "dropout"):
+        expect(0 <= (getattr(cfg, name) or 0) < 1, f"{flag(name)}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
     expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     expect(cfg.steps or not cfg.resume, "--resume: has nothing to do with --steps 0; use --init-from instead")

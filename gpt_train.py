@@ -462,9 +462,8 @@ def complete(model, tokenizer, rows, cfg, key):
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
     sizes = "val_docs seq_len shuffle_buffer n_layer n_head n_embd max_new_tokens top_k"
-    common.check(cfg, *sizes.split())
+    common.check(cfg, sizes.split(), ["temperature"])
     expect(cfg.n_embd % cfg.n_head == 0, f"--n-embd {cfg.n_embd}: must be divisible by --n-head {cfg.n_head}")
-    expect(0 <= cfg.temperature < math.inf, f"--temperature {cfg.temperature}: must be in [0, inf)")
     expect(cfg.top_p is None or 0 < cfg.top_p <= 1, f"--top-p {cfg.top_p}: must be in (0, 1]")
     is_bpe = (cfg.tokenizer or "").startswith("bpe:")
     expect(not (is_bpe and cfg.init_from), "--tokenizer bpe:N: is trained anew; --init-from knows its own")

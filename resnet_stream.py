@@ -578,15 +578,11 @@ def use(cfg):
 
 def check(cfg):
     """Raise UsageError for flags that cannot be meant."""
-    common.check(cfg, "shuffle_buffer", "width", "image_size", "num_classes")
+    sizes = ["shuffle_buffer", "width", "image_size", "num_classes"]
+    common.check(cfg, sizes, ["crop_pad", "mixup", "eval_batches"], ["ema", "momentum", "label_smoothing"])
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
-    least = min(cfg.crop_pad, cfg.mixup, cfg.eval_batches)
-    expect(least >= 0, "--crop-pad, --mixup and --eval-batches: must not be negative")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
     expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
-    for name in ("ema", "momentum", "label_smoothing"):
-        value, flag = getattr(cfg, name), f"--{name.replace('_', '-')}"
-        expect(0 <= value < 1, f"{flag} {value}: must be in [0, 1)")
     expect(not cfg.predict or not cfg.steps, "--predict: needs --steps 0, and a model with --init-from")
 
 
