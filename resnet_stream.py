@@ -7,7 +7,7 @@
 Pictures are decoded and cropped in threads as they arrive. A run killed at any moment goes on with --resume,
 bit for bit. When it ends, its directory is a Hugging Face model folder.
 
-Measured on two CPU cores: the first command reaches 99.7 % of the 359 held-out digits in 72 seconds. Not
+Measured on two CPU cores: the first command reaches 99.7 % of the 359 held-out digits in 70 to 90 s. Not
 measured: cifar10 is after kuangliu/pytorch-cifar, 200 epochs, and aims at 95 %; imagenet is after NVIDIA's
 DeepLearningExamples, 90 epochs, and aims at their 77.1 % top-1.
 
