@@ -188,27 +188,20 @@ class Attention(nnx.Module):
         return y, None if cache is None else (k, v)
 
 
-class MLP(nnx.Module):
-    def __init__(self, config, dtype, rngs):
-        C, self.resid_pdrop = config.n_embd, config.resid_pdrop
-        self.c_fc = Linear(C, 4 * C, dtype, rngs)
-        self.c_proj = Linear(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
-
-    def __call__(self, x, key=None):
-        return dropout(self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True)), self.resid_pdrop, key)
-
-
 class Block(nnx.Module):
     def __init__(self, config, dtype, rngs):
-        norm = partial(nnx.LayerNorm, config.n_embd, epsilon=config.layer_norm_epsilon, dtype=dtype)
-        self.ln_1, self.attn = norm(rngs=rngs), Attention(config, dtype, rngs)
-        self.ln_2, self.mlp = norm(rngs=rngs), MLP(config, dtype, rngs)
+        C, self.resid_pdrop = config.n_embd, config.resid_pdrop
+        norm = partial(nnx.LayerNorm, C, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+        self.ln_1, self.attn, self.ln_2 = norm(), Attention(config, dtype, rngs), norm()
+        self.mlp = nnx.Dict(c_fc=Linear(C, 4 * C, dtype, rngs))
+        self.mlp.c_proj = Linear(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
 
     def __call__(self, x, key=None, cache=None, pos=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y, cache = self.attn(self.ln_1(x), attn_key, cache, pos)
         x = x + y
-        return x + self.mlp(self.ln_2(x), mlp_key), cache
+        y = self.mlp.c_proj(jax.nn.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=True))
+        return x + dropout(y, self.resid_pdrop, mlp_key), cache
 
 
 class GPT(nnx.Module):
