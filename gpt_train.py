@@ -148,13 +148,7 @@ dropout = lambda x, rate, key: nnx.Dropout(rate)(x, deterministic=key is None, r
 
 
 class Linear(nnx.Linear):
-    """A dense layer with GPT-2's init; its kernel is (in, out), as in the published checkpoints.
-
-    The bias is added in float32: bfloat16 cannot hold its gradient, a sum over all tokens.
-    """
-
-    def __init__(self, fan_in, fan_out, dtype, rngs, std=0.02):
-        super().__init__(fan_in, fan_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
+    """nnx.Linear, but the bias is added in float32: bfloat16 cannot hold its gradient, a sum over tokens."""
 
     def __call__(self, x):
         y = common.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
@@ -162,10 +156,10 @@ class Linear(nnx.Linear):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config, dtype, rngs):
-        self.n_head, self.attn_pdrop, self.resid_pdrop = config.n_head, config.attn_pdrop, config.resid_pdrop
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, dtype, rngs)
-        self.c_proj = Linear(config.n_embd, config.n_embd, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+    def __init__(self, config, linear, back):
+        C, self.n_head = config.n_embd, config.n_head
+        self.attn_pdrop, self.resid_pdrop = config.attn_pdrop, config.resid_pdrop
+        self.c_attn, self.c_proj = linear(C, 3 * C), back(C, C)
 
     def __call__(self, x, key=None, cache=None, pos=None):
         B, T, C = x.shape
@@ -189,12 +183,12 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config, dtype, rngs):
+    """Attention and MLP, a norm before each; `back` makes the layer that ends either."""
+
+    def __init__(self, config, linear, back, norm):
         C, self.resid_pdrop = config.n_embd, config.resid_pdrop
-        norm = partial(nnx.LayerNorm, C, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
-        self.ln_1, self.attn, self.ln_2 = norm(), Attention(config, dtype, rngs), norm()
-        self.mlp = nnx.Dict(c_fc=Linear(C, 4 * C, dtype, rngs))
-        self.mlp.c_proj = Linear(4 * C, C, dtype, rngs, 0.02 / math.sqrt(2 * config.n_layer))
+        self.ln_1, self.attn = norm(), Attention(config, linear, back)
+        self.ln_2, self.mlp = norm(), nnx.Dict(c_fc=linear(C, 4 * C), c_proj=back(4 * C, C))
 
     def __call__(self, x, key=None, cache=None, pos=None):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
@@ -213,13 +207,16 @@ class GPT(nnx.Module):
 
     def __init__(self, config, *, dtype="float32", remat=False, rngs):
         self.config, self.dtype, self.remat = nnx.static(config), dtype, remat
-        init = nnx.initializers.normal(0.02)
+        C, normal = config.n_embd, nnx.initializers.normal
+        linear = partial(Linear, kernel_init=normal(0.02), dtype=dtype, rngs=rngs)  # its kernel is (in, out)
+        back = partial(linear, kernel_init=normal(0.02 / math.sqrt(2 * config.n_layer)))
+        norm = partial(nnx.LayerNorm, C, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         # in float32: a token is in many places, and bfloat16 cannot hold the sum of their gradients
-        embed = partial(nnx.Embed, features=config.n_embd, embedding_init=init, rngs=rngs)
+        embed = partial(nnx.Embed, features=C, embedding_init=normal(0.02), rngs=rngs)
         self.wte = embed(-(-config.vocab_size // 128) * 128)  # whole tiles; the padding is never seen outside
         self.wpe = embed(config.n_positions)
-        self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
-        self.ln_f = nnx.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+        self.h = nnx.List([Block(config, linear, back, norm) for _ in range(config.n_layer)])
+        self.ln_f = norm()
 
     def __call__(self, tokens, key=None):
         return self.head(self.hidden(tokens, key)[0])[..., : self.config.vocab_size]
