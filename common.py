@@ -669,7 +669,7 @@ def hold_out_texts(cfg, sources, roles=None):
     roles = roles or {"text": cfg.text_column}
     make_rows = lambda records, rng: records["text"] if len(roles) == 1 else [*zip(*records.values())]
     texts = lambda source, split: Stream(source, make_rows, 16, None, split)
-    held = open_data(cfg, roles, "val_data") if cfg.val_data else sources
+    held = open_data(cfg, roles, "val_data") or sources
     same = all(source.classes == sources[0].classes for source in (*sources, *held))
     expect(same, f"--data {' '.join(cfg.data)}: not all of it, validation included, names the same classes")
     shares = [(cfg.val_docs + i) // len(held) for i in range(len(held))]

@@ -115,9 +115,8 @@ def open_sources(cfg):
     """(sources to train on, [(source, one_in)] to validate on as in decode, names of the classes or [])."""
     roles, n = {"image": cfg.image_column, "label": cfg.label_column}, cfg.num_classes
     train = common.open_data(cfg, roles)
-    held, one_in, names = train, cfg.val_every, train[0].classes
-    if cfg.val_data:
-        held, one_in = common.open_data(cfg, roles, "val_data"), 1
+    held, names = common.open_data(cfg, roles, "val_data") or train, train[0].classes
+    one_in = 1 if cfg.val_data else cfg.val_every
     for source in (*train, *held):
         same = source.classes == names
         expect(same, f"--data, --val-data: have other classes: {brief(names)}; {brief(source.classes)}")
