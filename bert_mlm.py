@@ -701,7 +701,7 @@ def main(cfg):
     unchanged["tokenizer"] = common.digest(tokenizer.backend_tokenizer.to_str())
     run = common.Run("bert", cfg, sources, unchanged, FREE, [tokenizer, config])
     state = run.restore(state)
-    batches = common.open_batches(cfg, sources, make_rows, run)
+    batches = run.open_batches(sources, make_rows)
 
     L, C, V, kind = config.num_hidden_layers, config.hidden_size, config.vocab_size, config.model_type
     size = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module)))

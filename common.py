@@ -719,12 +719,6 @@ def batches(streams, batch_size, *, seed, start=0, position=None, weights=(), de
         yield arrays, {"bad": bad, "bad_records": all_bad, "streams": positions}
 
 
-def open_batches(cfg, sources, make_rows, run, decode=None):
-    streams = [Stream(source, make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
-    begin = dict(start=run.step, position=run.position, weights=cfg.data_weights)
-    return batches(streams, cfg.batch_size, seed=cfg.seed, decode=decode, **begin)
-
-
 def ahead(items, depth, stopped=lambda: False):
     """What an endless generator yields, made up to `depth` ahead by a thread, until `stopped()`.
 
@@ -1035,6 +1029,12 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         self.write("run.json", json.dumps(self.info, indent=1))  # last: what has one can be resumed
         return state
+
+    def open_batches(self, sources, make_rows, decode=None):
+        cfg, begin = self.cfg, dict(start=self.step, position=self.position)
+        streams = [Stream(source, make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
+        options = dict(seed=cfg.seed, weights=cfg.data_weights, decode=decode)
+        return batches(streams, cfg.batch_size, **options, **begin)
 
     @contextmanager
     def training(self, batches, depth, unit, per_step, flops):

@@ -515,8 +515,7 @@ def main(cfg):
     unchanged["tokenizer"] = common.digest(tokenizer.backend_tokenizer.to_str())
     run = common.Run("gpt", cfg, sources, unchanged, FREE, [tokenizer, model.config])
     state = run.restore(state)
-    make_rows = partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1)
-    batches = common.open_batches(cfg, sources, make_rows, run)
+    batches = run.open_batches(sources, partial(pack, tokenizer, {*val_texts}, cfg.seq_len + 1))
 
     L, C, T = model.config.n_layer, model.config.n_embd, cfg.seq_len
     size = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module)))

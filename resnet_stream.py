@@ -643,7 +643,7 @@ def main(cfg):
     state = run.restore(state)
     one_in = max(one_in for _, one_in in val)  # what is held out of one source is not trained on in another
     crop = partial(decode, partial(training_crop, cfg, S), one_in, False, cfg.retries)
-    batches = common.open_batches(cfg, train, make_rows, run, crop)
+    batches = run.open_batches(train, make_rows, crop)
 
     N, flops = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))), 0
     if jax.default_backend() != "cpu":  # forward by XLA's own count; backward is twice that
