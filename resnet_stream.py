@@ -376,8 +376,6 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     """
     followed = "depths hidden_sizes embedding_size layer_type out_features out_indices stage_names"
     config, weights, folder = common.read_pretrained((ResNetConfig,), path, followed)
-    stem = getattr(config, "stem", "imagenet")
-    expect(stem in ("imagenet", "cifar"), f"stem is {stem}, only imagenet and cifar are supported")
     theirs = common.class_names(config) if "classifier.1.weight" in weights else []
     order, names, why = common.match_classes(theirs, classes or theirs)
     expect(order or (classes and new_head), why or "has no classes")
@@ -387,6 +385,7 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     view = read_view(folder, size)
     create = lambda: ResNet(config, view, **options, rngs=nnx.Rngs(seed))
     model = nnx.eval_shape(create) if order else create()
+    expect(model.stem in ("imagenet", "cifar"), f"stem is {model.stem}, only imagenet and cifar are known")
 
     names, loaded = checkpoint_names(model), {}
     for name, w in weights.items():
@@ -563,7 +562,6 @@ def use(cfg):
     model = build(cfg, None)
     names, classify = common.class_names(model.config), nnx.jit(lambda model, x: jax.nn.softmax(model(x)[0]))
     for name in cfg.predict:
-        expect(Path(name).is_file(), f"--predict {name}: no such file")
         with common.blame(f"--predict {name}: not a picture"):
             image = model.view.pixels(open_image(Path(name).read_bytes()))
         p = np.asarray(classify(model, model.view.normalise(image[None])))

@@ -1797,7 +1797,7 @@ BAD[resnet_stream] = {
     "--data flat": "its pictures are in no class folders; expected CLASS/",
     "--data ab ac": "have other classes: 2 (a, b); 2 (a, c)",
     "--data ab --val-every 9999999": "--val-every 9999999: ",
-    "--steps 0 --init-from resnet --predict no.jpg": "no.jpg: no such file",
+    "--steps 0 --init-from resnet --predict no.jpg": "no.jpg: not a picture: [Errno 2] No such file",
     "--init-from gpt": "--init-from gpt: a gpt2 model, expected resnet",
 }
 
