@@ -948,7 +948,7 @@ class Run:
 
     def __init__(self, kind, cfg, sources, data, free, parts=()):
         self.cfg, self.leads, self.stopped_by = cfg, jax.process_index() == 0, None
-        self.wandb = import_module("wandb") if cfg.wandb else None
+        self.wandb = import_module("wandb") if cfg.wandb and self.leads else None
         for i, (name, source) in enumerate(zip(cfg.data, sources)):
             data = data | {f"{part} of {i} {name}": value for part, value in source.unchanged.items()}
         config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
@@ -1052,7 +1052,7 @@ class Run:
         self.waited, self.paused, self.zero = 0.0, None, time.perf_counter()  # the last is moved by pauses
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
-        if self.wandb and self.leads:
+        if self.wandb:
             names = dict(project=self.cfg.wandb, name=self.dir.name, id=self.id, dir=str(self.dir))
             self.wandb.init(config=dataclasses.asdict(self.cfg), resume="allow", **names)
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
@@ -1079,7 +1079,7 @@ class Run:
             self.checkpoints.close()  # waits for the last checkpoint
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if self.wandb and self.leads:
+            if self.wandb:
                 self.wandb.finish()
         self.sum_up()
 

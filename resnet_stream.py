@@ -390,9 +390,8 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
     names, loaded = checkpoint_names(model), {}
     for name, w in weights.items():
         name = name if name.startswith(("resnet.", "classifier.")) else f"resnet.{name}"  # of a bare encoder
-        is_dropped = "num_batches_tracked" in name or (not order and name.startswith("classifier."))
-        if not is_dropped:  # PyTorch's are (out, in, H, W) and (out, in)
-            loaded[name] = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
+        if "num_batches_tracked" not in name and (order or not name.startswith("classifier.")):
+            loaded[name] = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T  # from (out, in, H, W), (out, in)
     common.load_weights(names, loaded, may_lack=() if order else ("classifier.",))
     if order:
         for param in (model.classifier.kernel, model.classifier.bias):
@@ -610,7 +609,7 @@ def main(cfg):
     """Train as `cfg` says -> the last metrics; with steps 0 evaluate or predict. Raises UsageError."""
     check(cfg)
     key, mesh = jax.random.key(cfg.seed), common.make_mesh()
-    if not cfg.steps and cfg.predict:
+    if cfg.predict:
         return use(cfg)
 
     # data: pictures to train and to validate on, and a model for their classes
