@@ -403,7 +403,7 @@ def find_files(path, roles):
     splits = {}
     for file in files:  # documents and pictures have names of all kinds: only their folders name a split
         *names, stem = Path(file).relative_to(root).with_suffix("").parts
-        names += [] if path.is_file() or kind in ("text", "images") else [stem]
+        names += [] if kind in ("text", "images") else [stem]
         names = names[: split_depth(names)] if kind == "images" else names
         splits.setdefault(next(filter(None, map(split_in, names)), "train"), []).append(file)
     return splits
@@ -952,7 +952,8 @@ class Run:
         for i, (name, source) in enumerate(zip(cfg.data, sources)):
             data = data | {f"{part} of {i} {name}": value for part, value in source.unchanged.items()}
         config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
-        digests = gather(digest([config | dict(coordinator=None, process_id=None), data]))
+        config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))  # of one start
+        digests = gather(digest([config, data]))
         expect(len({*digests}) == 1, "the processes have other flags or see other data")
         with blame(f"--out-dir {cfg.out_dir or 'out'}"):
             self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
@@ -967,7 +968,6 @@ class Run:
             for name, value in data.items():
                 was = began["data"].get(name)
                 expect(value == was, f"--resume: other {name} ({value}, before {was}); {change}")
-        config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
         self.info = dict(id=self.id, config=config, data=data)
         self.info["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
