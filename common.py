@@ -411,18 +411,17 @@ def find_files(path, roles):
 
 def open_files(files):
     """{split: IterableDataset} of {split: [file]}."""
-    first = next(iter(files.values()))[0]
-    kind, options = kind_of(first), {}
+    kind = kind_of(next(iter(files.values()))[0])
     expect(kind, f"cannot tell what it is from its name; expected {' '.join(KINDS)}")
     if kind == "images":
         return open_pictures(files)
     if kind in ("text", "json", "csv", "tsv"):
-        read = lambda part: dict(generator=read_texts, gen_kwargs=dict(files=part, kind=kind))
-        return {s: datasets.IterableDataset.from_generator(**read(part)) for s, part in files.items()}
+        read = partial(datasets.IterableDataset.from_generator, read_texts)
+        return {split: read(gen_kwargs=dict(files=part, kind=kind)) for split, part in files.items()}
     if kind == "webdataset":  # theirs stops at a text that is not UTF-8
         WebDataset.DECODERS["txt"] = lambda data: data.decode("utf-8-sig", "replace")
-    if kind == "parquet":
-        options = dict(batch_size=1_000)  # theirs is the size of the first row group, which may have no rows
+    # theirs is the size of the first row group, which may have no rows
+    options = dict(batch_size=1_000) if kind == "parquet" else {}
     patterns = {split: [f if "://" in f else escape(f) for f in part] for split, part in files.items()}
     return datasets.load_dataset_builder(kind, data_files=patterns, **options).as_streaming_dataset()
 
