@@ -427,7 +427,7 @@ def open_files(files):
 
 
 def read_texts(files, kind):
-    """{"text": document}, or {column: value} of records of JSON, csv or tsv; {BAD: why} of a bad one.
+    """Records of text files: documents, objects of JSON, or rows of a csv or tsv; or {BAD: why}.
 
     Every field is as it is written: NA is a text. A tsv has no quoting; a number on top is no header.
     """

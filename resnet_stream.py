@@ -120,8 +120,7 @@ def open_sources(cfg):
     for source in (*train, *held):
         same = source.classes == names
         expect(same, f"--data, --val-data: have other classes: {brief(names)}; {brief(source.classes)}")
-    known = names or n or cfg.init_from
-    expect(known, f"--num-classes: is needed, for {cfg.data[0]} does not name its classes")
+    expect(names or n or cfg.init_from, f"--num-classes: needed, for {cfg.data[0]} does not name its classes")
     expect(not names or n in (None, len(names)), f"--num-classes {n}: {cfg.data[0]} has {brief(names)}")
     val = [(source, one_in if source.validation == "train" else 1) for source in held]
     return train, val, names or [str(i) for i in range(n or 0)]
