@@ -1030,6 +1030,7 @@ class Run:
         return state
 
     def open_batches(self, sources, make_rows, decode=None):
+        """`batches` of rows of the sources, from where the newest checkpoint was."""
         cfg, begin = self.cfg, dict(start=self.step, position=self.position)
         streams = [Stream(source, make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
         options = dict(seed=cfg.seed, weights=cfg.data_weights, decode=decode)
