@@ -314,7 +314,8 @@ def open_source(name, configuration, commit, roles, retries):
         splits = open_files(files)
     splits = {SPLITS.get(split, split): ds for split, ds in splits.items()}
     splits = splits if len(splits) > 1 else {"train": next(iter(splits.values()))}
-    expect("train" in splits, f"has no train split, only {', '.join(splits)}")
+    instead = "name files, as in 'hf://datasets/NAME/data/train_sft*.parquet'"
+    expect("train" in splits, f"has no train split, only {', '.join(splits)}; {instead}")
     # pictures are decoded later, in threads
     splits = {split: ds.decode(False) if ds.features else ds for split, ds in splits.items()}
     train, world = splits["train"], jax.process_count()
