@@ -323,10 +323,16 @@ def open_source(name, configuration, commit, roles, retries):
     classes = getattr((train.features or {}).get(columns.get("label")), "names", None)
     shards = train.reshard().num_shards if world > 1 else 1
     expect(shards >= world, f"{shards} shards (files, row groups) for {world} processes")
-    sizes = [(f, os.path.getsize(f) if os.path.exists(f) else None) for part in files.values() for f in part]
+    sizes = [(file, size_of(file)) for part in files.values() for file in part]
     commit = re.search(r"@([0-9a-f]{40})/", str(sizes))
     same = dict(columns=columns, files=digest(sizes), commit=commit and commit[1], processes=world)
     return Source(splits, columns, classes, retries if "://" in str(files) else 0, same)
+
+
+def size_of(file):
+    """Bytes of a file here or on the web; None on the hub, where the commit stands for it."""
+    if os.path.exists(file) or file.startswith("http"):
+        return fsspec.core.url_to_fs(file)[0].size(file)
 
 
 def digest(value):
@@ -951,7 +957,7 @@ class Run:
         self.wandb = import_module("wandb") if cfg.wandb and self.leads else None
         for i, (name, source) in enumerate(zip(cfg.data, sources)):
             data = data | {f"{part} of {i} {name}": value for part, value in source.unchanged.items()}
-        config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data]))  # tuples as lists
+        config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data], default=str))  # tuples as lists
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))  # of one start
         digests = gather(digest([config, data]))
         expect(len({*digests}) == 1, "the processes have other flags or see other data")

@@ -577,7 +577,7 @@ def check(cfg):
     common.check(cfg, sizes, ["crop_pad", "mixup", "eval_batches"], ["ema", "momentum", "label_smoothing"])
     expect(cfg.val_every > 1, f"--val-every {cfg.val_every}: must be at least 2, or all is held out")
     expect(0 < cfg.crop_area <= 1, f"--crop-area {cfg.crop_area}: must be in (0, 1]")
-    expect(0 < cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in (0, 1]")
+    expect(0.1 <= cfg.eval_crop <= 1, f"--eval-crop {cfg.eval_crop}: must be in [0.1, 1]")
     expect(not cfg.predict or not cfg.steps, "--predict: needs --steps 0, and a model with --init-from")
 
 

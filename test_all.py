@@ -1622,6 +1622,9 @@ def test_source_that_stays_away_is_given_up_with_a_checkpoint_and_ctrl_c_ends_th
         [saved] = map(int, os.listdir(f"{out_dir}/ckpt"))
         assert saved == lines(out_dir)[-1]["step"] > 1, "all that was trained on good data is kept"
     assert f"saved at step {saved}" in out
+    hub.break_requests(0, lambda n: None)
+    pq.write_table(pq.read_table(file := hub.root / "files/000.parquet")[:-1], file)
+    assert "--resume: other files of 0 http" in typed(gpt_train, "--resume", out_dir="a", code=2)[1]
 
 
 @pytest.mark.parametrize("script", KILLED, ids=lambda script: script.__name__)
