@@ -659,6 +659,7 @@ def prepare(cfg, sources, roles, tokenizer_name):
     if not sources[0].classes:  # 0, 1, ... up to the largest seen; a label beyond them is a bad record
         documents = [*documents]
         n = 1 + max(label for _, label in [*held_out, *documents])
+        expect(n <= 100_000, f"--label-column: a label is {n - 1}; expected numbers of classes, 0, 1, ...")
         for source in sources:
             source.classes = [str(i) for i in range(n)]
     tokenizer = load_tokenizer(tokenizer_name, (text for text, _ in documents))

@@ -218,6 +218,8 @@ def check(cfg, at_least_one, not_negative=(), below_one=()):
     expect(cfg.steps or not cfg.resume, "--resume: has nothing to do with --steps 0; use --init-from instead")
     expect(not cfg.profile or cfg.steps >= 15, f"{flag('profile')}: records steps 10 to 15 of {cfg.steps}")
     expect(cfg.data, "--data: names no data")
+    for name, value in vars(cfg).items():
+        expect(name == "prompt" or value not in ("", ("",)), f"{flag(name)}: is empty")
     for name in ("data_name", "data_weights"):
         expect(len(getattr(cfg, name)) in (0, len(cfg.data)), f"{flag(name)}: expected one for each --data")
     positive = all(0 < weight < math.inf for weight in cfg.data_weights)

@@ -1754,6 +1754,7 @@ BAD[gpt_train] = {
     "--data no/such.txt": "--data no/such.txt: no such file",
     "--data a.doc": "--data a.doc: no data in it; expected .parquet",
     "--data rows.jsonl": "cannot tell the text column, one of id, title, body; name one",
+    "--init-from ''": "--init-from : is empty",
     "--lr nan": "--lr nan: must be finite and not negative",
     "--data-weights 1 2": "--data-weights (1.0, 2.0): expected one for each --data",
     "--data rows.jsonl --data-name nonsense": "rows.jsonl: has no configuration nonsense",
@@ -1793,6 +1794,7 @@ BAD[bert_mlm] = {
     "--steps 0 --init-from bert --mteb STS12": "needs `pip install mteb`",
     "--task classify --data text.jsonl": "no label in column text, one of text",
     "--task classify --data one.csv --val-docs 5": "all are of class 1",
+    "--task classify --data many.csv --val-docs 5": "--label-column: a label is 3000000000",
 }
 BAD[resnet_stream] = {
     "--stem imagenet": "--image-size 16: too small, at least 32",
@@ -1824,6 +1826,7 @@ def bad_inputs(tmp_path_factory, bert_folder):
             rows = datasets.Dataset.from_dict(dict(text=["a"], label=[0]), datasets.Features(features))
             rows.to_parquet(f"classes/{names[0]}.parquet")
         write({"one.csv": "text,label\n" + "".join(f"a {i},1\n" for i in range(9))})
+        write({"many.csv": "text,label\n" + "".join(f"a {i},{i % 2 * 3 * 10**9}\n" for i in range(9))})
         write_folder("ab", 4, "ab")
         write_folder("ac", 4, "ac")
         datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk("saved")
