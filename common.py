@@ -333,8 +333,9 @@ def open_source(name, configuration, commit, roles, retries):
 
 def size_of(file):
     """Bytes of a file here or on the web; None on the hub, where the commit stands for it."""
-    if os.path.exists(file) or file.startswith("http"):
+    if file.startswith(("http://", "https://")):
         return fsspec.core.url_to_fs(file)[0].size(file)
+    return os.path.getsize(file) if os.path.exists(file) else None
 
 
 def digest(value):
@@ -429,7 +430,7 @@ def open_files(files):
         return {split: read(gen_kwargs=dict(files=part, kind=kind)) for split, part in files.items()}
     if kind == "webdataset":  # theirs stops at a text that is not UTF-8
         WebDataset.DECODERS["txt"] = lambda data: data.decode("utf-8-sig", "replace")
-    # theirs is the size of the first row group, which may have no rows
+    # the builder's own batch size is that of the first row group, which may have no rows
     options = dict(batch_size=1_000) if kind == "parquet" else {}
     patterns = {split: [f if "://" in f else escape(f) for f in part] for split, part in files.items()}
     return datasets.load_dataset_builder(kind, data_files=patterns, **options).as_streaming_dataset()
@@ -473,8 +474,10 @@ def read_texts(files, kind):
                 twice = [name for name in names if name and names.count(name) > 1]
                 expect(not twice, f"has two columns {twice[:1]}")
                 for row in rows:
-                    is_whole, lengths = len(row) == len(names), f"{len(row)} values in {len(names)} columns"
-                    yield dict(zip(names, row)) if is_whole else {BAD: lengths}
+                    if len(row) == len(names):
+                        yield dict(zip(names, row))
+                    else:
+                        yield {BAD: f"{len(row)} values in {len(names)} columns"}
 
 
 def open_pictures(files):
@@ -547,10 +550,10 @@ def usable(record, columns, classes):
     for role, column in columns.items() if record else ():
         if column not in record:
             raise ValueError(f"no {column} in it")
-        value, whole = record[column], r"\s*\d+(\.0*)?\s*"  # of a csv, or floats beside gaps
+        value = record[column]
         if role == "text" and value is None:
             value = ""
-        if role == "label" and re.fullmatch(whole, str(value)):
+        if role == "label" and re.fullmatch(r"\s*\d+(\.0*)?\s*", str(value)):  # text of a csv, or a float
             value = int(float(value))
         if not isinstance(value, {"text": str, "label": int, "image": bytes | dict}[role]):
             raise ValueError(f"{role} is {'missing' if value is None else repr(value)[:40]}")
@@ -959,7 +962,8 @@ class Run:
         self.wandb = import_module("wandb") if cfg.wandb and self.leads else None
         for i, (name, source) in enumerate(zip(cfg.data, sources)):
             data = data | {f"{part} of {i} {name}": value for part, value in source.unchanged.items()}
-        config, data = json.loads(json.dumps([dataclasses.asdict(cfg), data], default=str))  # tuples as lists
+        stored = json.dumps([dataclasses.asdict(cfg), data], default=os.fspath)
+        config, data = json.loads(stored)  # tuples are lists in it
         config |= dict.fromkeys(("profile", "coordinator", "num_processes", "process_id"))  # of one start
         digests = gather(digest([config, data]))
         expect(len({*digests}) == 1, "the processes have other flags or see other data")
@@ -1040,10 +1044,9 @@ class Run:
 
     def open_batches(self, sources, make_rows, decode=None):
         """`batches` of rows of the sources, from where the newest checkpoint was."""
-        cfg, begin = self.cfg, dict(start=self.step, position=self.position)
+        cfg, options = self.cfg, dict(start=self.step, position=self.position, decode=decode)
         streams = [Stream(source, make_rows, cfg.shuffle_buffer, cfg.seed) for source in sources]
-        options = dict(seed=cfg.seed, weights=cfg.data_weights, decode=decode)
-        return batches(streams, cfg.batch_size, **options, **begin)
+        return batches(streams, cfg.batch_size, seed=cfg.seed, weights=cfg.data_weights, **options)
 
     @contextmanager
     def training(self, batches, depth, unit, per_step, flops):
