@@ -76,7 +76,7 @@ class Config(common.RunConfig):
     seed: int = 0  # of the init, the order of the data, masks and dropout
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
-    # use, with --steps 0
+    # use
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # text with a [MASK]
     embed: str | None = None  # text file to embed, a text a line, into an .npy beside it
     mteb: tuple[str, ...] = ()  # tasks of the mteb package to evaluate embeddings on, as in STSBenchmark

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import get_type_hints
 
 STARTED = time.perf_counter()
 IS_PROGRAM = Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent == Path(__file__).parent
@@ -129,11 +131,9 @@ def cli(Config, presets, main, doc):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "nanoflax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small ones
-    for name in RunConfig.__dataclass_fields__:  # --help is to show them after the script's own
-        Config.__dataclass_fields__[name] = Config.__dataclass_fields__.pop(name)
     try:
-        defaults = read_defaults(Config, presets, script)
-        cfg = tyro.cli(Config, default=Config(**defaults), prog=f"{script}.py", description=doc)
+        defaults = Config(**read_defaults(Config, presets, script))
+        cfg = parse_flags(Config, defaults, prog=f"{script}.py", description=doc)
         join_processes(cfg)
         main(cfg)
         code = 0
@@ -176,6 +176,24 @@ def read_defaults(Config, presets, script):
     if "--prompt" in given:  # it adds to the default, which on a resume is the run's
         defaults.pop("prompt", None)
     return defaults
+
+
+def parse_flags(Config, defaults, **options):
+    """The Config of the command line. A comment of one word in its source heads a group of --help."""
+    hints, groups = get_type_hints(Config, include_extras=True), {"preset": []}
+    for word, name in re.findall(r"^    (?:# (\w+)$|(\w+):)", inspect.getsource(Config), re.M):
+        if word:
+            groups[word] = []
+        elif name in hints:
+            groups[[*groups][-1]].append((name, hints[name]))
+    parts = {word: dataclasses.make_dataclass("Config", fields) for word, fields in groups.items()}
+    for part in parts.values():
+        part.__module__ = Config.__module__  # tyro reads the comments there, on what each flag is
+    parts["run"] = RunConfig
+    given = lambda part: part(**{name: getattr(defaults, name) for name in part.__dataclass_fields__})
+    nested, default = dataclasses.make_dataclass("Flags", parts.items()), map(given, parts.values())
+    flags = tyro.cli(nested, default=nested(*default), config=(tyro.conf.OmitArgPrefixes,), **options)
+    return Config(**{name: value for part in vars(flags).values() for name, value in vars(part).items()})
 
 
 def read_run(out_dir):

@@ -2,6 +2,7 @@
 
 import gzip
 import http.server
+import inspect
 import io
 import json
 import math
@@ -1733,6 +1734,8 @@ TRAINED = ("gpt2-large", "bert-large", "classify", "imagenet")  # others are the
 def test_every_preset_has_help_and_trains(script, preset, typed):
     text, _ = typed(script, "--preset", preset, "--help")
     assert f"(default: {script.Config(**script.PRESETS[preset]).batch_size})" in text
+    assert re.findall(r"(\w+) options ", text) == ["preset", "data", "model", "training", "use", "run"]
+    assert all(f" {why}" in text for why in re.findall(r": .*  # (.{20})", inspect.getsource(script.Config)))
     if preset not in TRAINED:
         return
     small = dict(preset=preset, data=("synthetic",), data_name=("-",), steps=2, batch_size=8, accum=2)
