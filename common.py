@@ -53,7 +53,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
 from flax import nnx
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfFileSystem, dataset_info, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -82,6 +82,9 @@ def in_brief(error):
     if isinstance(error, UsageError):
         return str(error)
     error = error.__cause__ or error  # some libraries wrap, and tell nothing
+    if "check your connection" in str(error):  # the hub may have said 429
+        while inner := error.__cause__ or error.__context__:
+            error = inner
     text = repr(error) if isinstance(error, LookupError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
 
@@ -237,7 +240,8 @@ def check(cfg, at_least_one, not_negative=(), below_one=()):
     expect(not cfg.profile or cfg.steps >= 15, f"{flag('profile')}: records steps 10 to 15 of {cfg.steps}")
     expect(cfg.data, "--data: names no data")
     for name, value in vars(cfg).items():
-        expect(name == "prompt" or value not in ("", ("",)), f"{flag(name)}: is empty")
+        values = value if isinstance(value, tuple) else (value,)
+        expect(name == "prompt" or "" not in values, f"{flag(name)}: is empty")
     for name in ("data_name", "data_weights"):
         expect(len(getattr(cfg, name)) in (0, len(cfg.data)), f"{flag(name)}: expected one for each --data")
     positive = all(0 < weight < math.inf for weight in cfg.data_weights)
@@ -308,6 +312,10 @@ def open_data(cfg, roles, field="data"):
 
 def open_source(name, configuration, commit, roles, retries):
     name = sysconfig.get_path("stdlib") + "/*.py" if name == "stdlib" else name
+    if name.startswith("hf://datasets/"):  # as it is now, or was when the run began
+        at = HfFileSystem().resolve_path(name)
+        commit = commit or dataset_info(at.repo_id, revision=at.revision).sha
+        name = f"hf://datasets/{at.repo_id}@{commit}/{at.path_in_repo}"
     path, files = Path(name).expanduser(), {}
     is_made = name in ("digits", "synthetic")
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
@@ -911,6 +919,8 @@ def read_pretrained(kinds, path, followed):
     """
     folder = snapshot(path, "--init-from", ["*.json", "*/config.json", "*.txt", "*.model", "*.safetensors"])
     expect(not (folder / "adapter_config.json").exists(), "has a PEFT adapter; merge it first")
+    has_ended = (folder / "model.safetensors").exists() or not (folder / "run.json").exists()
+    expect(has_ended, "a run that has not ended; --resume it (--steps N, its newest, ends it there)")
     expect((folder / "config.json").exists(), "no config.json in it")
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     known = {kind.model_type: kind for kind in kinds}
@@ -989,14 +999,14 @@ class Run:
             self.dir = Path(gather(self.leads and str(self.claim(kind)))[0])
         self.id = f"{self.dir.name}-{os.urandom(4).hex()}"  # for Weights & Biases, where names recur
         if cfg.resume:  # refuse by name what would change the meaning of the run's checkpoint
-            began, change = read_run(self.dir), "it would go on with other rows"
-            self.id, free = began["id"], {*RunConfig.__dataclass_fields__, *free.split()}
+            then, change = read_run(self.dir), "it would go on with other rows"
+            self.id, free = then["id"], {*RunConfig.__dataclass_fields__, *free.split()}
             for name in [name for name in config if name not in free]:
-                was, flag = began["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
+                was, flag = then["config"].get(name, config[name]), f"--{name.replace('_', '-')}"
                 start = f"the run in {self.dir} was started with {was}; start a new run to change it"
                 expect(config[name] == was, f"{flag} {config[name]}: {start}")
             for name, value in data.items():
-                was = began["data"].get(name)
+                was = then["data"].get(name)
                 expect(value == was, f"--resume: other {name} ({value}, before {was}); {change}")
         config |= dict(out_dir=str(self.dir), resume=False, overwrite=False)
         self.info = dict(id=self.id, config=config, data=data)
@@ -1079,7 +1089,7 @@ class Run:
         self.mfu = lambda rate: rate * flops / (peak * jax.device_count()) or None  # where the peak is known
         print(f"run        {self.dir}, from step {self.step} to {self.cfg.steps}")
         self.first, self.pending, self.state, handlers = self.step + 1, [], None, {}
-        self.waited, self.paused, self.zero = 0.0, None, time.perf_counter()  # the last is moved by pauses
+        self.waited, self.paused_at, self.began = 0.0, None, time.perf_counter()  # pauses move the last
         self.marks = [np.array([self.step, 0.0, 0.0])]  # steps, seconds, seconds waited; one for each line
         self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=None if self.leads else True)
         if self.wandb:
@@ -1165,7 +1175,7 @@ class Run:
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the last good checkpoint is {self.saved}; {advice}")
         step, metrics, bad = fetched[-1]
-        self.marks.append(np.array([step, (self.paused or time.perf_counter()) - self.zero, self.waited]))
+        self.marks.append(np.array([step, (self.paused_at or time.perf_counter()) - self.began, self.waited]))
         steps, seconds, waited = (self.marks[-1] - self.marks[-2]).tolist()
         rate, wait = steps * self.per_step / seconds, waited / seconds
         line = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -1190,9 +1200,9 @@ class Run:
     def pause(self):
         """Stop the clock for an evaluation or a sample."""
         jax.block_until_ready(self.pending)
-        self.paused = time.perf_counter()
+        self.paused_at = time.perf_counter()
         yield
-        self.zero, self.paused = self.zero + time.perf_counter() - self.paused, None
+        self.began, self.paused_at = self.began + time.perf_counter() - self.paused_at, None
 
     def save(self):
         """Write a checkpoint of the last step while training goes on; never one that is not finite."""

@@ -1589,6 +1589,20 @@ def test_corrupt_line_and_a_number_among_texts_are_bad_records_on_the_hub_too(hu
     assert out == "(['a', 'b', 'c'], 2)\n" and "record 1 of epoch 0: text is 5" in err
 
 
+def test_glob_on_the_hub_is_read_at_one_commit(hub):
+    then, asked = "e" * 40, []
+    hub.fault = asked.append
+    program = """import common
+for commit in None, {!r}:
+    name = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/*/*.parquet"
+    source = common.open_source(name, None, commit, {{"text": None}}, 0)
+    print(source.unchanged["commit"], len([*source.splits["train"]]))"""
+    [(out, _)] = finish(launch(program.format(then), **hub.env))
+    n = sum(pq.read_metadata(file).num_rows for file in (hub.root / "HuggingFaceFW").glob("*/sample/*/*"))
+    assert out == f"{Hub.sha} {n}\n{then} {n}\n"
+    assert {commit for path in asked for commit in re.findall(r"\w{40}", path)} == {Hub.sha, then}
+
+
 def test_hub_that_fails_changes_no_loss_killed_or_not(hub, monkeypatch):
     finish(launch(gpt_train, *flags(**FINEWEB, out_dir="whole"), **hub.env))
     assert len(lines("whole")) == 8
@@ -1622,6 +1636,8 @@ def test_source_that_stays_away_is_given_up_with_a_checkpoint_and_ctrl_c_ends_th
         [saved] = map(int, os.listdir(f"{out_dir}/ckpt"))
         assert saved == lines(out_dir)[-1]["step"] > 1, "all that was trained on good data is kept"
     assert f"saved at step {saved}" in out
+    _, err = typed(gpt_train, init_from="a", steps=0, code=2)
+    assert "--init-from a: a run that has not ended; --resume it (--steps N" in err
     hub.break_requests(0, lambda n: None)
     pq.write_table(pq.read_table(file := hub.root / "files/000.parquet")[:-1], file)
     assert "--resume: other files of 0 http" in typed(gpt_train, "--resume", out_dir="a", code=2)[1]
