@@ -103,7 +103,7 @@ FREE += "sample_every prompt max_new_tokens temperature top_k top_p"
 def load_tokenizer(name, documents=()):
     """The tokenizer called `name`: a hub id, a folder, "byte", or "bpe:N", trained on `documents`."""
     kind, _, size = name.partition(":")
-    if kind not in ("byte", "bpe"):
+    if name != "byte" and kind != "bpe":
         tokenizer = common.load_tokenizer(name)
         expect(tokenizer.eos_token_id is not None, f"--tokenizer {name}: has no end token to join documents")
         return tokenizer
