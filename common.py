@@ -235,8 +235,8 @@ def check(cfg, at_least_one, not_negative=(), below_one=()):
     for name in (*below_one, "dropout"):
         expect(0 <= (getattr(cfg, name) or 0) < 1, f"{flag(name)}: must be in [0, 1)")
     expect(0 <= cfg.cooldown <= 1, f"{flag('cooldown')}: must be in [0, 1]")
-    expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     expect(cfg.steps or not cfg.resume, "--resume: has nothing to do with --steps 0; use --init-from instead")
+    expect(cfg.steps or cfg.init_from, "--steps 0: trains nothing; name a finished model with --init-from")
     expect(not cfg.profile or cfg.steps >= 15, f"{flag('profile')}: records steps 10 to 15 of {cfg.steps}")
     expect(cfg.data, "--data: names no data")
     for name, value in vars(cfg).items():
@@ -711,7 +711,7 @@ def hold_out_texts(cfg, sources, roles=None):
     expect(same, f"--data {' '.join(cfg.data)}: not all of it, validation included, names the same classes")
     shares = [(cfg.val_docs + i) // len(held) for i in range(len(held))]
     held_out = [text for s, n in zip(held, shares) for text in islice(texts(s, s.validation), n)]
-    advice = "ask for fewer, or give --val-data (a text file is one document)"
+    advice = "ask for fewer, or give --val-data (a text file is one document: cut it in two)"
     expect(len(held_out) == cfg.val_docs, f"--val-docs {cfg.val_docs}: there are {len(held_out)}; {advice}")
     known = {*held_out}
     others = chain(*(islice(texts(source, "train"), 10_000 // len(sources)) for source in sources))
@@ -1121,7 +1121,9 @@ class Run:
                 signal.signal(number, handler)
             if self.wandb:
                 self.wandb.finish()
-        self.sum_up()
+        if not self.saved:
+            print("stopped, not one step was finished")
+            sys.exit(128 + self.stopped_by)
 
     def on_signal(self, number, _frame):
         self.stopped_by = number
@@ -1236,8 +1238,8 @@ class Run:
         figure.savefig(self.dir / "curves.tmp.png", dpi=100)
         os.replace(self.dir / "curves.tmp.png", self.dir / "curves.png")
 
-    def sum_up(self):
-        """Say how fast it went; where a signal ended it, say how to go on, and exit."""
+    def end(self):
+        """The last metrics; says how fast it went, and where a signal ended it how to go on, and exits."""
         parts = []
         if len(self.marks) > 2:  # without the first line's steps, of which one compiled
             steps, seconds, waited = (self.marks[-1] - self.marks[1]).tolist()
@@ -1251,7 +1253,8 @@ class Run:
         if stats := jax.local_devices()[0].memory_stats():
             parts.append(f"of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB")
         print(", ".join([*parts, f"{time.perf_counter() - STARTED:.0f} s in all"]))
+        print(f"a Hugging Face model folder is in {self.dir}")
         if self.stopped_by and self.step < self.cfg.steps:
-            where = f"saved at step {self.saved}" if self.saved else "not one step was finished"
-            print(f"stopped, {where}; go on with --resume --out-dir {self.dir}")
+            print(f"stopped, saved at step {self.saved}; go on with --resume --out-dir {self.dir}")
             sys.exit(128 + self.stopped_by)
+        return self.last

@@ -541,8 +541,7 @@ def main(cfg):
                     model, sample_key = nnx.merge(graphdef, state)[0], jax.random.fold_in(sampling, step + 1)
                     run.bar.write(complete(model, tokenizer, prompts, cfg, sample_key))
     save_pretrained(nnx.merge(graphdef, state)[0], run.dir, tokenizer)
-    print(f"a Hugging Face model folder is in {run.dir}")
-    return run.last
+    return run.end()
 
 
 if __name__ == "__main__":

@@ -1469,6 +1469,7 @@ def test_gpt_killed_stopped_before_its_cooldown_and_extended_equals_the_long_run
     [(out, _)] = finish(process, code=143)
     [step] = re.findall(r"saved at step (\d+); go on with --resume --out-dir out/gpt-001\n", out)
     assert 40 < int(step) < 80, "before the cooldown"
+    assert common.load_tokenizer("out/gpt-001") and gpt_train.from_pretrained("out/gpt-001")  # of this step
     finish(launch(gpt_train, "--resume", "--steps", "120", **env))
     found, wanted = lines("out/gpt-001"), lines("long")
     assert found == wanted and len(wanted) == 120 and wanted[95]["lr"] > wanted[97]["lr"]
