@@ -183,12 +183,13 @@ def read_defaults(Config, presets, script):
 
 def parse_flags(Config, defaults, **options):
     """The Config of the command line. A comment of one word in its source heads a group of --help."""
-    hints, groups = get_type_hints(Config, include_extras=True), {"preset": []}
+    hints, fields = get_type_hints(Config, include_extras=True), []
+    groups = {"preset": fields}
     for word, name in re.findall(r"^    (?:# (\w+)$|(\w+):)", inspect.getsource(Config), re.M):
         if word:
-            groups[word] = []
+            fields = groups[word] = []
         elif name in hints:
-            groups[[*groups][-1]].append((name, hints[name]))
+            fields.append((name, hints[name]))
     parts = {word: dataclasses.make_dataclass("Config", fields) for word, fields in groups.items()}
     for part in parts.values():
         part.__module__ = Config.__module__  # tyro reads the comments there, on what each flag is
@@ -1121,9 +1122,8 @@ class Run:
                 signal.signal(number, handler)
             if self.wandb:
                 self.wandb.finish()
-        if not self.saved:
-            print("stopped, not one step was finished")
-            sys.exit(128 + self.stopped_by)
+        if not self.saved:  # a signal came so early that there is no model to write
+            self.end()
 
     def on_signal(self, number, _frame):
         self.stopped_by = number
@@ -1253,8 +1253,10 @@ class Run:
         if stats := jax.local_devices()[0].memory_stats():
             parts.append(f"of a device {stats['peak_bytes_in_use'] / 1e9:.2f} GB")
         print(", ".join([*parts, f"{time.perf_counter() - STARTED:.0f} s in all"]))
-        print(f"a Hugging Face model folder is in {self.dir}")
+        if self.saved:
+            print(f"a Hugging Face model folder is in {self.dir}")
         if self.stopped_by and self.step < self.cfg.steps:
-            print(f"stopped, saved at step {self.saved}; go on with --resume --out-dir {self.dir}")
+            where = f"saved at step {self.saved}" if self.saved else "not one step was finished"
+            print(f"stopped, {where}; go on with --resume --out-dir {self.dir}")
             sys.exit(128 + self.stopped_by)
         return self.last

@@ -35,6 +35,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -1468,8 +1469,12 @@ def test_gpt_killed_stopped_before_its_cooldown_and_extended_equals_the_long_run
     process.send_signal(signal.SIGTERM)
     [(out, _)] = finish(process, code=143)
     [step] = re.findall(r"saved at step (\d+); go on with --resume --out-dir out/gpt-001\n", out)
+    saved = ocp.args.Composite(state=ocp.args.StandardRestore())
     assert 40 < int(step) < 80, "before the cooldown"
-    assert common.load_tokenizer("out/gpt-001") and gpt_train.from_pretrained("out/gpt-001")  # of this step
+    checkpoints = ocp.CheckpointManager(Path("out/gpt-001/ckpt").absolute())
+    model, _ = checkpoints.restore(int(step), args=saved).state.values()
+    exported = gpt_train.from_pretrained("out/gpt-001").wpe.embedding
+    assert np.array_equal(exported, model["wpe"]["embedding"]["value"]), "it can be put to use"
     finish(launch(gpt_train, "--resume", "--steps", "120", **env))
     found, wanted = lines("out/gpt-001"), lines("long")
     assert found == wanted and len(wanted) == 120 and wanted[95]["lr"] > wanted[97]["lr"]
