@@ -185,7 +185,7 @@ class Hub(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.env = dict(HF_HOME=str(root / "home"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        self.env |= dict(HF_ENDPOINT=self.url, HF_HUB_DOWNLOAD_TIMEOUT="2")
+        self.env |= dict(HF_ENDPOINT=self.url, HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_OFFLINE="0")
 
     def break_requests(self, after, kind_of):
         """Let `kind_of(n)` name what goes wrong with the n-th request for data after the first ones."""
