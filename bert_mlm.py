@@ -802,6 +802,7 @@ def from_pretrained(
     def create():
         return BERT(config, head=head, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed or 0))
 
+    # without a seed nothing is drawn: every parameter has to come from the files
     model = nnx.eval_shape(create) if seed is None else nnx.jit(create)()
     params = checkpoint_names(model)
     for name in list(weights):
@@ -1181,7 +1182,7 @@ def check(cfg):
     common.expect_each(cfg, ["seq_len"], lambda x: x > 2, "must hold [CLS], [SEP] and a token")
     amounts = ["steps", "lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps", "seed"]
     common.expect_each(cfg, amounts, lambda x: 0 <= x < math.inf, "must be finite, not negative")
-    common.expect_each(cfg, ["seed"], lambda x: x < 2**63, "must be below 2**63")
+    common.expect_each(cfg, ["seed"], lambda x: x < 2**53, "must be below 2**53")
     common.expect_each(cfg, ["dropout"], lambda x: 0 <= x < 1, "must be in [0, 1)")
     common.expect_each(cfg, ["cooldown"], lambda x: 0 <= x <= 1, "must be in [0, 1]")
     common.expect_each(cfg, ["mask_share"], lambda x: 0 < x < 1, "must be in (0, 1)")
@@ -1362,6 +1363,7 @@ def main(cfg):
         model, _ = nnx.merge(graphdef, state)
         save_pretrained(model, run.path, tokenizer)
     log.close()
+    print(f"a Hugging Face model folder is in {run.path}")
     stop.exit(run, step)
     return log.lines[-1]
 

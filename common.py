@@ -521,7 +521,7 @@ def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
     at = position or {"epoch": 0, "record": 0, "seen": 0, "state": None}
     process = jax.process_index()
     n = jax.process_count()
-    own = dataset if seed is None else None  # the part of the data that is this process's
+    own = dataset if seed is None else None  # None: this process's share is not yet cut out
     stream = None
     failures = 0
     while True:
@@ -547,7 +547,7 @@ def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
             rng = np.random.default_rng([seed or 0, at["epoch"], process, at["record"]])
             yield records, rng, at
             at = at | {"seen": at["seen"] + len(records), "record": at["record"] + len(records)}
-            at["state"] = own.state_dict()
+            at["state"] = own.state_dict()  # behind these records
         elif seed is None:
             return
         elif at["record"] == 0:
@@ -731,16 +731,20 @@ def write_pretrained(folder, weights, config, kind, *parts):
     """
     if jax.process_index() > 0:
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: np.asarray(w, order="C") for name, w in weights.items()}
-    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
     fields = config.to_dict() | {"architectures": [kind], "dtype": "float32"}
-    for part in (type(config).from_dict(fields), *parts):
-        part.save_pretrained(folder)
-    path = Path(folder) / "tokenizer_config.json"
-    if path.exists():  # transformers 4 knows this class by its older name alone
-        text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-        path.write_text(text)
+    with tempfile.TemporaryDirectory(dir=folder) as made:  # a resume needs them: moved when whole
+        save_file(weights, f"{made}/model.safetensors", metadata={"format": "pt"})
+        for part in (type(config).from_dict(fields), *parts):
+            part.save_pretrained(made)
+        path = Path(made, "tokenizer_config.json")
+        if path.exists():  # transformers 4 knows this class by its older name alone
+            text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+            path.write_text(text)
+        for name in os.listdir(made):
+            os.replace(f"{made}/{name}", folder / name)
 
 
 # ---- the run ----
@@ -819,6 +823,9 @@ class RunDir:
 
     def compare(self, then, config, facts, may_change):
         """Refuse by name what would change the meaning of the run's checkpoint."""
+        has_trained = (self.path / "metrics.jsonl").exists()
+        is_lost = has_trained and not (self.path / "ckpt").exists()
+        expect(not is_lost, f"--resume: {self.path} was trained, and its checkpoints are gone")
         for name in config.keys() - may_change:
             now = config[name]
             was = then["config"].get(name, now)
@@ -972,8 +979,6 @@ class Log:
         self.mfu_of_rate = flops / peak_flops()
         self.path = run.path / "metrics.jsonl"
         lines = read_lines(self.path)
-        is_lost = step == 0 and lines and lines[-1]["step"] > 2 * cfg.ckpt_every
-        expect(not is_lost, f"--resume: {run.path} was trained, and its checkpoints are gone")
         expect(step <= cfg.steps, f"--steps {cfg.steps}: {run.path} is at step {step} already")
         self.lines = [line for line in lines if line["step"] <= step]  # the others come again
         run.write("run.json", run.info)

@@ -216,6 +216,8 @@ def load_tokenizer(name, documents=()):
         rate = getattr(tokenizer.backend_tokenizer.model, "dropout", None)
         expect(not rate, f"has a dropout of {rate}, and a resume could not repeat its rows")
         expect(tokenizer.eos_token, "has no end token to join documents")
+    tokenizer.backend_tokenizer.no_padding()  # which a file may have set
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 
@@ -287,7 +289,7 @@ def batches(texts, tokenizer, cfg, position=None):
     start = position or {"window": None, "row": 0, "bad_before": 0}
     skip = start["row"]  # rows of the first window that were given before
     bad = start["bad_before"]  # bad records before that window
-    epoch = start["window"]["epoch"] if position else -1  # of the last row so far
+    last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
     held_out = set(texts.held_out)
     batch = []
     for records, rng, window in common.windows(
@@ -297,14 +299,14 @@ def batches(texts, tokenizer, cfg, position=None):
         position=start["window"],
         **texts.faults,
     ):
-        if window["epoch"] > epoch + 1:
-            return  # the epoch between gave no row
+        if window["epoch"] > last_epoch + 1:  # `window` is the place where these records begin
+            return
         bad_before = bad
         documents, bad = common.good_records(records, texts.judge, window, bad)
         documents = [text for text in documents if text and text not in held_out]
         rows = pack(tokenizer, documents, cfg.seq_len + 1, rng)
         for i in range(skip, len(rows)):
-            epoch = window["epoch"]
+            last_epoch = window["epoch"]
             batch.append(rows[i])
             if len(batch) == cfg.batch_size // jax.process_count():
                 place = {"window": window, "row": i + 1, "bad_before": bad_before, "bad": bad}
@@ -382,13 +384,14 @@ class Attention(nnx.Module):
         k = k.reshape(B, T, self.n_head, -1)
         v = v.reshape(B, T, self.n_head, -1)
         mask = jnp.tri(T, dtype=bool)  # each token sees itself and those before it
-        if cache is not None:  # put these keys and values beside those of the S tokens so far
+        is_decoding = cache is not None
+        if is_decoding:  # put these keys and values beside those of the S tokens so far
             rows = jnp.arange(B)[:, None]
             k = cache[0].at[rows, pos].set(k)  # (B, S, H, D)
             v = cache[1].at[rows, pos].set(v)
             mask = jnp.arange(k.shape[1]) <= pos[:, None, :, None]  # (B, 1, T, S)
             cache = (k, v)
-        y = self.attend(q, k, v, mask, attn_key, is_causal=cache is None)
+        y = self.attend(q, k, v, mask, attn_key, is_causal=not is_decoding)
         y = self.c_proj(y.reshape(B, T, C))
         return dropout(y, self.resid_pdrop, resid_key), cache
 
@@ -528,8 +531,8 @@ def from_pretrained(path, *, dtype="float32", remat=False, **overrides):
         if name == "wte.weight":
             expect(len(w) == V, f"{given} has {len(w)} rows, and vocab_size is {V}")
             w = np.pad(w, [(0, round_up(V, 128) - V), (0, 0)])
-        twin = weights.setdefault(name, w)  # w itself, or what stood under the other name
-        is_same = np.array_equal(twin, w, equal_nan=True)
+        is_same = name not in weights or np.array_equal(weights[name], w, equal_nan=True)
+        weights[name] = w
         expect(is_same, "lm_head.weight is not wte.weight; only tied ones are supported")
     model = nnx.eval_shape(lambda: GPT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     common.load_weights(checkpoint_names(model), weights)
@@ -768,7 +771,7 @@ def generate(
 
     empty = jnp.zeros((B, S, config.n_head, config.n_embd // config.n_head), model.dtype)
     caches = [(empty, empty) for _ in model.h]
-    x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])
+    x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])  # padding is masked
     padded = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, max_new_tokens)))
     padded = jnp.where(jnp.arange(S) < lengths[:, None], padded, fill)
     text = Decoding(0, padded, jnp.zeros(B, bool), caches)
@@ -823,7 +826,7 @@ def check(cfg):
     amounts = ["steps", "lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps", "temperature"]
     amounts += ["seed", "sample_every"]
     common.expect_each(cfg, amounts, lambda x: 0 <= x < math.inf, "must be finite, not negative")
-    common.expect_each(cfg, ["seed"], lambda x: x < 2**63, "must be below 2**63")
+    common.expect_each(cfg, ["seed"], lambda x: x < 2**53, "must be below 2**53")
     common.expect_each(cfg, ["dropout"], lambda x: 0 <= x < 1, "must be in [0, 1)")
     common.expect_each(cfg, ["cooldown"], lambda x: 0 <= x <= 1, "must be in [0, 1]")
     common.expect_each(cfg, ["top_p"], lambda x: 0 < x <= 1, "must be in (0, 1]")
@@ -969,6 +972,7 @@ def main(cfg):
         model, _ = nnx.merge(graphdef, state)
         save_pretrained(model, run.path, tokenizer)
     log.close()
+    print(f"a Hugging Face model folder is in {run.path}")
     stop.exit(run, step)
     return log.lines[-1]
 

@@ -418,7 +418,7 @@ def batches(pictures, size, cfg, position=None):
                 futures = [
                     pool.submit(make_row, records[i], pictures, size, cfg, seeds[i]) for i in chunk
                 ]
-                for i, future in enumerate(futures, first):
+                for i, future in enumerate(futures, first):  # i: a place in `order`, as `skip` is
                     try:
                         row = future.result()
                         if row is not None:  # else it is held out
@@ -1022,7 +1022,7 @@ def check(cfg):
     amounts = ["steps", "lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps", "seed"]
     amounts += ["crop_pad", "mixup", "eval_batches"]
     common.expect_each(cfg, amounts, lambda x: 0 <= x < math.inf, "must be finite, not negative")
-    common.expect_each(cfg, ["seed"], lambda x: x < 2**63, "must be below 2**63")
+    common.expect_each(cfg, ["seed"], lambda x: x < 2**53, "must be below 2**53")
     shares = ["dropout", "ema", "momentum", "label_smoothing"]
     common.expect_each(cfg, shares, lambda x: 0 <= x < 1, "must be in [0, 1)")
     common.expect_each(cfg, ["cooldown"], lambda x: 0 <= x <= 1, "must be in [0, 1]")
@@ -1168,6 +1168,7 @@ def main(cfg):
         checkpoints.save(step, state, position)
         save_pretrained(exported(graphdef, state), run.path)
     log.close()
+    print(f"a Hugging Face model folder is in {run.path}")
     stop.exit(run, step)
     return log.lines[-1]
 

@@ -2469,6 +2469,23 @@ def test_printing_costs_no_step_and_a_second_process_is_refused_meanwhile(typed)
     assert Path("a/model.safetensors").exists()
 
 
+def test_run_killed_before_its_first_checkpoint_begins_again():
+    train(out_dir="a", ckpt_every=100)
+    whole = lines("a")
+    shutil.rmtree("a/ckpt/12")
+    train(resume=True, out_dir="a", ckpt_every=1)
+    assert lines("a") == whole and saved_steps("a") == [11, 12]
+
+
+def test_padding_that_a_tokenizer_was_saved_with_is_put_before_no_text():
+    tokenizer = gpt_train.load_tokenizer("byte")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.padding_side = "left"
+    tokenizer("one", padding="max_length", max_length=9)
+    tokenizer.save_pretrained("padded")
+    assert gpt_train.start_tokens(gpt_train.load_tokenizer("padded")) == []
+
+
 def test_run_needs_no_output_and_no_cache_that_can_be_written():
     closed = "import runpy, sys; sys.stdout = sys.stderr = None; "
     closed += f"runpy.run_path({gpt_train.__file__!r}, run_name='__main__')"
