@@ -253,8 +253,10 @@ def parse_flags(kind, Config, presets, doc, forget):
 
 def has_checkpoint(cfg):
     """Whether the run to be resumed has weights of its own, and needs none of --init-from."""
-    names = Path(cfg.out_dir or "out").expanduser().glob("ckpt/*")
-    return cfg.resume and any(path.name.isdigit() for path in names)
+    if not cfg.resume:
+        return False
+    folders = Path(cfg.out_dir).expanduser().glob("ckpt/*")
+    return any(folder.name.isdigit() for folder in folders)
 
 
 def read_run(out_dir):
@@ -372,9 +374,10 @@ def open_data(name, configuration=None, revision=None):
 def extension(name):
     """The extension that says what a file or URL holds, whatever its compression."""
     path = re.sub(r"[?#].*", "", name) if "://" in name else name
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    packed = (".gz", ".bz2", ".xz", ".zst")
-    return next((suffix for suffix in reversed(suffixes) if suffix not in packed), "")
+    for suffix in reversed(Path(path.lower()).suffixes):
+        if suffix not in (".gz", ".bz2", ".xz", ".zst"):
+            return suffix
+    return ""
 
 
 def pin_revision(name, revision):
@@ -790,7 +793,7 @@ class RunDir:
         for library in ("jax", "flax", "optax", "datasets", "transformers"):
             info[library] = version(library)
         self.info = json.dumps(info, indent=1)
-        if not cfg.resume:  # else Log writes it, after the last check
+        if not cfg.resume:  # a resume keeps the old one until Log's check has passed
             self.write("run.json", self.info)
 
     def take(self, kind, cfg):
@@ -874,7 +877,7 @@ class Checkpoints:
         """Save unless it is done, on all processes. RunError for weights that are not finite."""
         if step == self.last_saved_step:
             return
-        jax.block_until_ready(state)
+        jax.block_until_ready(state)  # two programs that sum over devices at once have hung on CPUs
         if not all_finite(state):
             good = self.last_saved_step
             raise RunError(f"step {step}: weights not finite; the last good checkpoint is {good}")
@@ -985,7 +988,7 @@ class Log:
         run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         self.pending = []  # (step, metrics on the device, other values)
         self.clock = Clock()
-        self.last_step = step  # that is in a line
+        self.last_step = step  # the step of the last line
         self.bar = tqdm(total=cfg.steps, initial=step, disable=None if run.is_first else True)
         self.wandb = None
         if cfg.wandb and run.is_first:
@@ -1059,7 +1062,7 @@ def read_lines(path):
         for line in path.read_text(errors="replace").splitlines():
             with suppress(ValueError):
                 found = json.loads(line)
-                if isinstance(found, dict):
+                if isinstance(found, dict) and "step" in found:
                     lines.append(found)
     return lines
 
