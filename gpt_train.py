@@ -914,7 +914,7 @@ def main(cfg):
     model = build(cfg, tokenizer)
     positions = model.config.n_positions
     tokenizer.model_max_length = positions
-    expect(positions >= T, f"--seq-len {T}: {cfg.init_from} has {positions} positions")
+    expect(positions >= T, f"--seq-len {T}: the model has {positions} positions")
     prompts = encode_prompts(tokenizer, cfg.prompt or [""], positions)
     schedule = make_schedule(cfg)
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
@@ -938,8 +938,8 @@ def main(cfg):
     print(f"run        {run.path}, {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"model      GPT-2, {count_parameters(model) / 1e6:.1f} M parameters, {cfg.dtype}")
     print(f"data       {cfg.data}, validation on {len(texts.held_out)} documents")
-    print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens of", end=" ")
-    print(f"{1 / tokens_per_byte:.2f} bytes")
+    size = f"{len(tokenizer):,} tokens of {1 / tokens_per_byte:.2f} bytes"
+    print(f"tokenizer  {tokenizer_name}, {size}")
     print(f"step       {cfg.batch_size} rows x {T} tokens, {accum} microbatches, {cfg.optimizer}")
     flops = flops_of_token(model, T)
     del model, optimizer  # else the first device would keep its own whole copy
