@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers.processors import BertProcessing
@@ -140,7 +141,7 @@ class Texts(NamedTuple):
     """What --data and --val-data name: texts, or to classify pairs (text, label)."""
 
     train: datasets.IterableDataset
-    judge: Callable  # record -> its text or pair; ValueError says why it has none
+    parse: Callable  # record -> its text or pair; ValueError says why it has none
     faults: dict  # how `windows` meets those of the data
     held_out: list  # texts or pairs to validate on
     first: Iterator  # the first ones to train on, for a tokenizer
@@ -151,29 +152,29 @@ class Texts(NamedTuple):
 def open_texts(cfg):
     """Open --data and --val-data, and hold out the texts to validate on. Raises UsageError."""
     then = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
-    data, judge, classes = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
+    data, parse, classes = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
     facts = dict(data.facts)
     if cfg.val_data:
         commit = then.get("val commit")
-        val_data, val_judge, names = open_one("--val-data", cfg.val_data, None, commit, cfg)
+        val_data, val_parse, names = open_one("--val-data", cfg.val_data, None, commit, cfg)
         expect(names == classes, f"--val-data {cfg.val_data}: names other classes than --data")
         facts |= {f"val {name}": fact for name, fact in val_data.facts.items()}
     else:
         val_data = data
-        val_judge = judge
+        val_parse = parse
     split = next(name for name in ("validation", "test", "train") if name in val_data.splits)
     n = cfg.val_docs
-    held_out = list(islice(texts_in_order(val_data, split, val_judge), n))
+    held_out = list(islice(texts_in_order(val_data, split, val_parse), n))
     advice = "ask for fewer, or give --val-data"
     expect(len(held_out) == n, f"--val-docs {n}: there are {len(held_out)}; {advice}")
     known = set(held_out)
-    others = (text for text in texts_in_order(data, "train", judge) if text not in known)
+    others = (text for text in texts_in_order(data, "train", parse) if text not in known)
     one = list(islice(others, 1))
     expect(one or not cfg.steps, f"--val-docs {n}: leaves none to train on; {advice}")
     first = chain(one, islice(others, 10_000))
     texts = Texts(
         train=data.splits["train"],
-        judge=judge,
+        parse=parse,
         faults=data.faults,
         held_out=held_out,
         first=first,
@@ -192,22 +193,24 @@ def open_one(flag, name, configuration, commit, cfg):
         data = common.open_data(files, configuration, commit)
         train = data.splits["train"]
         columns = [common.find_column(train, cfg.text_column, ["text", "txt"], str)]
-        judge = partial(text_of, column=columns[0])
+        parse = partial(text_of, column=columns[0])
         classes = None
         if cfg.task == "classify":
             usual = ["label", "labels", "cls", "class"]
             label_column = common.find_column(train, cfg.label_column, usual, numbers.Real)
             columns.append(label_column)
             classes = getattr((train.features or {}).get(label_column), "names", None)
-            judge = partial(pair_of, columns=columns, classes=classes)
+            parse = partial(pair_of, columns=columns, classes=classes)
         for split, dataset in data.splits.items():
             if dataset.column_names:  # unknown of files of text
                 data.splits[split] = dataset.select_columns(columns)
-    return data, judge, classes
+    return data, parse, classes
 
 
 def text_of(record, column):
     """The text in a record, "" of an empty one. ValueError says why it has none."""
+    if common.BAD in record:
+        raise ValueError(record[common.BAD])
     if record and column not in record:
         raise ValueError(f"no {column} in it")
     text = record.get(column)
@@ -234,11 +237,27 @@ def pair_of(record, columns, classes=None):
     return text, int(label)
 
 
-def texts_in_order(data, split, judge):
+def good_records(records, parse, window, bad):
+    """[parse(record)] of the good ones in a window, and the number of bad ones so far in the run.
+
+    `parse` raises ValueError to say why a record is bad; `bad` of them came before this window.
+    """
+    good = []
+    for i, record in enumerate(records):
+        try:
+            good.append(parse(record))
+        except ValueError as error:
+            bad += 1
+            place = f"record {window['record'] + i:,} of epoch {window['epoch']}"
+            common.report_bad(bad, window["seen"] + i + 1, f"{place}: {common.reason(error)}")
+    return good, bad
+
+
+def texts_in_order(data, split, parse):
     """The texts or pairs of a split, once, in the order of the files."""
     bad = 0
     for records, _, window in common.windows(data.splits[split], 16, seed=None, **data.faults):
-        texts, bad = common.good_records(records, judge, window, bad)
+        texts, bad = good_records(records, parse, window, bad)
         yield from (text for text in texts if text)
 
 
@@ -254,8 +273,8 @@ def name_classes(texts, cfg):
     what = f"a label is {largest}; expected numbers of classes, 0, 1, ..."
     expect(largest < 100_000, f"--label-column: {what}")
     classes = [str(i) for i in range(largest + 1)]
-    judge = partial(texts.judge, classes=classes)  # a label beyond is a bad record
-    return texts._replace(judge=judge, first=iter(first), classes=classes)
+    parse = partial(texts.parse, classes=classes)  # a label beyond is a bad record
+    return texts._replace(parse=parse, first=iter(first), classes=classes)
 
 
 def load_tokenizer(name, documents=(), is_new=True):
@@ -402,7 +421,7 @@ def batches(texts, tokenizer, cfg, position=None):
         if window["epoch"] > epoch + 1:
             return  # the epoch between gave no row
         bad_before = bad
-        good, bad = common.good_records(records, texts.judge, window, bad)
+        good, bad = good_records(records, texts.parse, window, bad)
         if cfg.task == "classify":
             pairs = [pair for pair in good if pair and pair[0] not in held_out]
             rows = label_rows(tokenizer, pairs, cfg.seq_len, rng)
@@ -1206,7 +1225,7 @@ def build(cfg, tokenizer, head, classes=None):
     if cfg.dropout is not None or not cfg.init_from:
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         changes = dict.fromkeys(rates, cfg.dropout or 0.0)
-    if common.has_checkpoint(cfg):  # a resume needs no --init-from: the weights come from there
+    if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
         with common.asked_for(f"--resume: {cfg.out_dir}"):
             config = common.read_config(common.snapshot(cfg.out_dir), KINDS, FOLLOWED)
         config.update(changes)
@@ -1314,7 +1333,8 @@ def main(cfg):
     schedule = make_schedule(cfg)
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
-    mesh = common.make_mesh()
+    # Auto: under explicit axes nnx.Embed refuses a cut batch
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, accum, schedule, mask)
     evaluate = make_evaluate(graphdef, val_rows, mesh)
@@ -1340,18 +1360,19 @@ def main(cfg):
     flops = flops_of_token(model, T, cfg.mask_share)
     del model, optimizer  # else the first device would keep its own whole copy
 
-    with run, common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
+    with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "tokens", cfg.batch_size * T, flops)
         stream = common.ahead(batches(texts, tokenizer, cfg, position), 128, stop)
-        for batch, position in islice(log.clock.timed(stream), cfg.steps - step):
+        for batch, position in islice(log.timed(stream), cfg.steps - step):
             batch = common.shard_batch(mesh, batch)  # tokens (B, T)
             state, metrics = train_step(state, batch, jax.random.fold_in(key, step))
             step += 1
-            log.step(step, metrics, bad_records=position["bad"])
+            log.step(step, metrics | {"bad_records": position["bad"]})
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 with log.paused():
-                    log.flush(evaluate(state))  # in the line of this step
+                    scores = evaluate(state)
+                log.flush(scores)  # in the line of this step
             if step % cfg.ckpt_every == 0:
                 log.flush()  # raises before a state that is not finite could be saved
                 checkpoints.save(step, state, position)

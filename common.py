@@ -1,14 +1,11 @@
-"""What a reader may skip: command line, data, devices, weights, run directory.
-
-Small helpers, each with all its state in sight. None of them knows a script or its model.
-"""
+"""Small helpers that know no script or model: command line, data, devices, weights, run."""
 
 import argparse
 import csv
 import ctypes
 import dataclasses
 import hashlib
-import inspect
+import importlib
 import json
 import logging
 import math
@@ -26,7 +23,8 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from glob import escape, glob
+from functools import partial
+from glob import escape
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -56,7 +54,7 @@ from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfFileSystem, dataset_info, metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
@@ -81,17 +79,13 @@ def expect(condition, message):
 # what the libraries raise where a file is broken or a connection ends, even inside a packed file
 BROKEN = (
     OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pa.ArrowException,
-    SafetensorError, aiohttp.ClientError,
-    *HfHubHTTPError.__bases__,  # the error of the HTTP library: that of requests, or httpx
+    SafetensorError, aiohttp.ClientError, *HfHubHTTPError.__bases__,  # that of requests, or httpx
 )  # fmt: skip
 
 
 @contextmanager
 def asked_for(where, *more_kinds):
-    """Put around a library's call that reads what a flag or a file names, which `where` says.
-
-    What a library says of it becomes a UsageError; a slip in the code keeps its traceback.
-    """
+    """Turn what a library says of a file or flag into a UsageError; a slip keeps its traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -132,11 +126,7 @@ class RunConfig:
 
 
 def cli(kind, Config, presets, main, doc, forget):
-    """Make a Config of the command line, run `main` with it, and exit with its code.
-
-    `kind` is that of runs, out/KIND-001. Where a flag of `forget` {flag: another} is given, a
-    preset's value of the other was not meant for it.
-    """
+    """Run `main` with a Config of the command line, and exit with its code."""
     prepare_process()
     code = 1
     try:
@@ -150,10 +140,8 @@ def cli(kind, Config, presets, main, doc, forget):
         code = 130
     except Exception as error:
         message = in_one_line(error)
-        if message:
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        name = Path(sys.argv[0]).name
+        print(f"{name}: {message}" if message else traceback.format_exc(), file=sys.stderr)
         if isinstance(error, UsageError):
             code = 2
         elif jax.process_count() > 1:
@@ -162,22 +150,18 @@ def cli(kind, Config, presets, main, doc, forget):
 
 
 def in_one_line(error):
-    """What is said in place of a traceback; None where that tells more."""
+    """What is said in place of a traceback; "" where that tells more."""
     text = " ".join(str(error).split())
-    if isinstance(error, UsageError | RunError):
-        return text
     if "No space left on device" in text:
         return "No space left on device; the checkpoints before this one are sound"
     if "RESOURCE_EXHAUSTED" in text:
         advice = "try a lower --device-rows, --remat, or --fsdp on several devices"
         return f"out of memory on the device; {advice}: {text[:300]}"
-    return None
+    return text if isinstance(error, UsageError | RunError) else ""
 
 
 def leave(code):
     """Exit, without waiting for a thread that reads from the network or for lost processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code == 0 and jax.distributed.is_initialized():
         jax.distributed.shutdown()  # without it the others would take this process for lost
     is_reading = any(thread.name.startswith("ahead") for thread in threading.enumerate())
@@ -243,27 +227,23 @@ def parse_flags(kind, Config, presets, doc, forget):
         defaults = read_run(out_dir)["config"] | {"out_dir": str(out_dir)}
         others = sorted(defaults.keys() - Config.__dataclass_fields__.keys())
         expect(not others, f"--resume: {out_dir} is a run of another script, with {others}")
-        for name, value in defaults.items():
-            defaults[name] = tuple(value) if isinstance(value, list) else value
+        defaults |= {name: tuple(x) for name, x in defaults.items() if isinstance(x, list)}
     cfg = tyro.cli(Config, default=Config(**defaults), description=doc)
     for name, value in vars(cfg).items():
         expect(value != "", f"--{name.replace('_', '-')}: is empty")
     return cfg
 
 
-def has_checkpoint(cfg):
-    """Whether the run to be resumed has weights of its own, and needs none of --init-from."""
-    if not cfg.resume:
-        return False
-    folders = Path(cfg.out_dir).expanduser().glob("ckpt/*")
-    return any(folder.name.isdigit() for folder in folders)
+def newest_step(out_dir):
+    """The step of the newest checkpoint in a run directory; -1 where there is none yet."""
+    names = [path.name for path in Path(out_dir).expanduser().glob("ckpt/*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def read_run(out_dir):
     """The run.json of a run directory: its config, and facts that a resume must find again."""
-    expect(out_dir, "--resume: name the run with --out-dir")
-    path = Path(out_dir).expanduser() / "run.json"
-    expect(path.exists(), f"--resume: {out_dir} holds no run (no run.json)")
+    path = Path(str(out_dir)).expanduser() / "run.json"
+    expect(path.exists(), f"--resume: {out_dir} holds no run (no run.json); name one by --out-dir")
     with asked_for(path):
         return json.loads(path.read_text())
 
@@ -277,13 +257,10 @@ def join_processes(cfg):
         return
     expect(address == "auto" or ":" in address, f"--coordinator {address}: needs HOST:PORT or auto")
     is_auto = address == "auto"  # ask SLURM, Open MPI, Kubernetes or the cloud
+    options = {"cluster_detection_method": None if is_auto else "deactivate"}
+    options["heartbeat_timeout_seconds"] = 30
     with asked_for(f"--coordinator {address}", RuntimeError):
-        jax.distributed.initialize(
-            None if is_auto else address,
-            *numbers,
-            cluster_detection_method=None if is_auto else "deactivate",
-            heartbeat_timeout_seconds=30,
-        )
+        jax.distributed.initialize(None if is_auto else address, *numbers, **options)
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -298,14 +275,13 @@ def expect_each(cfg, names, is_right, what):
 # ---- data: what --data names -> datasets.IterableDataset ----
 
 CSV = {"keep_default_na": False, "encoding": "utf-8-sig", "encoding_errors": "replace"}
-TSV = CSV | {"sep": "\t", "quoting": csv.QUOTE_NONE}
 
 # how `datasets` reads a file by its extension: a builder and its options; or our read_text
 BUILDERS = {
     ".parquet": ("parquet", {"batch_size": 1_000}),  # else that of the first row group: 0 if empty
     ".json": ("json", {"on_mixed_types": None}),  # else a number makes all texts of a column JSON
     ".csv": ("csv", CSV),
-    ".tsv": ("csv", TSV),
+    ".tsv": ("csv", CSV | {"sep": "\t", "quoting": csv.QUOTE_NONE}),
     ".tar": ("webdataset", {}),
     ".jsonl": ("lines", {}),
     ".ndjson": ("lines", {}),
@@ -329,17 +305,16 @@ class Data(NamedTuple):
 
 
 def open_data(name, configuration=None, revision=None):
-    """Data of a hub id, a file, a glob, a folder or a URL; `datasets` decides what a file means.
-
-    `revision`: commit on the hub, else the newest. Raises UsageError.
-    """
+    """Data of a hub id (its newest commit, or `revision`), a file, a glob, a folder or a URL."""
     config = datasets.config  # its own retries would hide a fault for minutes
     config.STREAMING_READ_MAX_RETRIES = 2
     config.STREAMING_READ_RETRY_INTERVAL = 1
     config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 1
     config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 1
-    if name.startswith("hf://datasets/"):
-        name = pin_revision(name, revision)
+    if name.startswith("hf://"):  # read at one commit, also when the run goes on
+        at = HfFileSystem().resolve_path(name)
+        commit = revision or dataset_info(at.repo_id, revision=at.revision).sha
+        name = f"hf://datasets/{at.repo_id}@{commit}/{at.path_in_repo}"
     path = Path(name).expanduser()
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and extension(name) not in BUILDERS
     card = path / "README.md"
@@ -358,60 +333,49 @@ def open_data(name, configuration=None, revision=None):
         expect(not configuration, f"has no configuration {configuration}")
         files = find_files(name)
         splits = open_files(files)
-    if len(splits) == 1 and (is_on_hub or "://" in name):
+    if len(splits) == 1 and is_on_hub:  # whatever its name
         splits = {"train": next(iter(splits.values()))}
     expect("train" in splits, f"has no train split, only {', '.join(splits)}; name its files")
     n = jax.process_count()
     shards = splits["train"].reshard().num_shards if n > 1 else 1  # it reads parquet's footers
     expect(shards >= n, f"has {shards} shards (files, row groups) for {n} processes")
-    names = sorted(file for part in files.values() for file in part)
-    commit = re.search(r"@([0-9a-f]{40})/", " ".join(names))
+    paths = [file for part in files.values() for file in part]
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(paths))
+    names = [Path(path).name for path in paths]  # their folder may move
     facts = {"files": digest(names), "commit": commit and commit[1]}
-    is_remote = any("://" in file for file in names)
+    is_remote = any("://" in path for path in paths)
     return Data(splits, facts, {"broken": BROKEN, "retries": 8 if is_remote else 0})
 
 
 def extension(name):
     """The extension that says what a file or URL holds, whatever its compression."""
     path = re.sub(r"[?#].*", "", name) if "://" in name else name
-    for suffix in reversed(Path(path.lower()).suffixes):
-        if suffix not in (".gz", ".bz2", ".xz", ".zst"):
-            return suffix
-    return ""
-
-
-def pin_revision(name, revision):
-    """hf://datasets/NAME/... as hf://datasets/NAME@COMMIT/...: as it is now, or was then."""
-    at = HfFileSystem().resolve_path(name)
-    commit = revision or dataset_info(at.repo_id, revision=at.revision).sha
-    return f"hf://datasets/{at.repo_id}@{commit}/{at.path_in_repo}"
+    return Path(re.sub(r"\.(gz|bz2|xz|zst)$", "", path.lower())).suffix
 
 
 def find_files(name):
     """{split: [file]} of a file, a glob, a folder or a URL: of one kind, and none of them empty."""
     path = Path(name).expanduser()
-    unused = []
+    root = escape(str(path.absolute()))
+    everything = []
     if path.is_dir():  # which file is of which split is decided by `datasets`
-        root = escape(str(path.absolute()))
-        splits = dict(DataFilesDict.from_patterns(get_data_patterns(root), root))
+        splits = DataFilesDict.from_patterns(get_data_patterns(root), root)
         everything = DataFilesDict.from_patterns({"all": ["**"]}, root)["all"]
-        unused = set(everything).difference(*splits.values())
-    elif "://" in name or path.is_file():
-        splits = {"train": [name if "://" in name else str(path)]}
     else:
-        splits = {"train": sorted(glob(str(path), recursive=True))}
-    kinds = set()
+        pattern = root if path.is_file() else name if "://" in name else str(path)
+        splits = DataFilesDict.from_patterns({"train": [pattern]})
     found = {}
     for split, files in splits.items():
         files = [file for file in files if extension(file) in BUILDERS]
         files = [file for file in files if "://" in file or os.path.getsize(file) > 0]
-        kinds.update(extension(file) for file in files)
         if files:
             found[str(split)] = files
+    kinds = sorted({extension(file) for files in found.values() for file in files})
     expect(kinds, f"no such file, or none with data; expected {' '.join(BUILDERS)}")
-    example = f"'{name.rstrip('/')}/**/*{min(kinds)}'"
-    expect(len(kinds) == 1, f"holds {', '.join(sorted(kinds))}; name one kind, as in {example}")
-    unused = sorted(file for file in unused if extension(file) in kinds)
+    example = f"'{name.rstrip('/')}/**/*{kinds[0]}'"
+    expect(len(kinds) == 1, f"holds {', '.join(kinds)}; name one kind, as in {example}")
+    others = set(everything).difference(*splits.values())
+    unused = sorted(file for file in others if extension(file) in kinds)
     expect(not unused, f"{unused[:1]} is in no split; name the files to train on, as in {example}")
     return found
 
@@ -420,11 +384,11 @@ def open_files(splits):
     """{split: IterableDataset} of {split: [file]}, all of one kind; a file is a shard."""
     name, options = BUILDERS[extension(next(iter(splits.values()))[0])]
     if name in ("lines", "document"):
-        opened = {}
-        for split, files in splits.items():
-            arguments = {"files": files, "by_line": name == "lines"}
-            opened[split] = datasets.IterableDataset.from_generator(read_text, gen_kwargs=arguments)
-        return opened
+        make = partial(datasets.IterableDataset.from_generator, read_text)
+        by_line = {"by_line": name == "lines"}
+        return {
+            split: make(gen_kwargs={"files": files} | by_line) for split, files in splits.items()
+        }
     patterns = {}
     for split, files in splits.items():
         patterns[split] = [file if "://" in file else escape(file) for file in files]
@@ -433,17 +397,13 @@ def open_files(splits):
 
 
 def read_text(files, by_line):
-    """Records of text files: a line of JSON each, or a whole document each.
-
-    Not datasets' builders: json ends at a corrupt line, and text cannot open a URL (5.2.0 hands
-    the encoding to the web client) and decodes what is on the hub without it.
-    """
+    """Records of text files: a line of JSON each, or a whole document each."""
+    # not by datasets' builders (5.2.0): json ends at a corrupt line, and text cannot read a URL
     for file in files:
-        options = {"encoding": "utf-8-sig", "errors": "replace"}
-        options["compression"] = fsspec.utils.infer_compression(re.sub(r"[?#].*", "", file))
-        options |= STORAGE.get(file.partition("://")[0], {})
+        compression = fsspec.utils.infer_compression(re.sub(r"[?#].*", "", file))
+        options = STORAGE.get(file.partition("://")[0], {}) | {"compression": compression}
         try:
-            with fsspec.open(file, "rt", **options) as text:
+            with fsspec.open(file, "rt", encoding="utf-8-sig", errors="replace", **options) as text:
                 if by_line:
                     yield from map(parse_line, text)
                 else:
@@ -481,37 +441,13 @@ def find_column(dataset, asked, usual, kind=object):
     raise UsageError(f"no column {asked or usual[0]}, only {', '.join(names)}")
 
 
-def good_records(records, judge, window, bad):
-    """[judge(record)] of the good ones in a window, and the number of bad ones so far in the run.
-
-    `judge` raises ValueError to say why a record is bad. `bad` of them came before this window.
-    """
-    good = []
-    for i, record in enumerate(records):
-        try:
-            if BAD in record:
-                raise ValueError(record[BAD])
-            good.append(judge(record))
-        except ValueError as error:
-            bad += 1
-            what = f"record {window['record'] + i:,} of epoch {window['epoch']}: {reason(error)}"
-            report_bad(bad, window["seen"] + i + 1, what)
-    return good, bad
-
-
 def report_bad(bad, seen, what):
-    """Log a bad record, the `bad`th of `seen`, up to the hundredth.
-
-    Raises RunError where they are more, and more than 1 %.
-    """
+    """Log a bad record, up to the hundredth; RunError if `bad` is more, and over 1 % of `seen`."""
     if bad <= 100:
         more = "; any more are only counted" if bad == 100 else ""
         tqdm.write(f"data: skipped {what}{more}", file=sys.stderr)
     elif bad > seen / 100:
         raise RunError(f"{bad:,} of {seen:,} records are bad; the last one is {what}")
-
-
-# ---- streams ----
 
 
 def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
@@ -523,19 +459,19 @@ def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
     """
     at = position or {"epoch": 0, "record": 0, "seen": 0, "state": None}
     process = jax.process_index()
-    n = jax.process_count()
-    own = dataset if seed is None else None  # None: this process's share is not yet cut out
+    share = dataset if seed is None else None  # the shards of this process, once they are known
     stream = None
     failures = 0
     while True:
         try:
-            if own is None:  # reads the footers of parquet, which may fail as well
-                own = split_dataset_by_node(dataset.reshard(), process, n, strategy="shards")
+            if share is None:  # reshard reads the footers of parquet, which may fail as well
+                n = jax.process_count()
+                share = split_dataset_by_node(dataset.reshard(), process, n, strategy="shards")
             if stream is None:
                 if seed is not None:  # orders the shards; epoch 0 would keep the order of the files
-                    own.set_epoch(1 + 1000 * seed + at["epoch"])
-                own.load_state_dict(at["state"])
-                stream = iter(own)
+                    share.set_epoch(1 + 1000 * seed + at["epoch"])
+                share.load_state_dict(at["state"])
+                stream = iter(share)
             records = list(islice(stream, size))
         except broken as error:
             failures += 1
@@ -550,7 +486,7 @@ def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
             rng = np.random.default_rng([seed or 0, at["epoch"], process, at["record"]])
             yield records, rng, at
             at = at | {"seen": at["seen"] + len(records), "record": at["record"] + len(records)}
-            at["state"] = own.state_dict()  # behind these records
+            at["state"] = share.state_dict()  # behind these records
         elif seed is None:
             return
         elif at["record"] == 0:
@@ -573,8 +509,7 @@ def wait_after(error, failures, retries):
 def ahead(items, depth, stop):
     """Yield what a generator yields, made up to `depth` items ahead by a thread, until a signal.
 
-    An error of the generator waits in stop.error, so that what was trained until then is saved;
-    with several processes it is raised at once.
+    An error waits in stop.error, so that all before it is saved; several processes raise it.
     """
     thread = ThreadPoolExecutor(1, "ahead")
     ready = deque(thread.submit(next, items, None) for _ in range(depth))
@@ -607,25 +542,15 @@ PEAK_FLOPS = {
 def peak_flops():
     """bf16 FLOP/s of all devices together, or infinity where they are unknown."""
     device = jax.devices()[0].device_kind
-    for name, flops in PEAK_FLOPS.items():
-        if re.search(rf"{name}\b", device):
-            return flops * jax.device_count()
-    return math.inf
-
-
-def make_mesh():
-    """All devices in a row. Auto: under explicit axes nnx.Embed refuses a cut batch."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    known = [flops for name, flops in PEAK_FLOPS.items() if re.search(rf"{name}\b", device)]
+    return known[0] * jax.device_count() if known else math.inf
 
 
 def shard_batch(mesh, batch, whole=False):
     """Put host arrays on the mesh, cut along B: this process's rows, or the `whole` batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-
-    def put(x):
-        return jax.make_array_from_process_local_data(sharding, x, x.shape if whole else None)
-
-    return jax.tree.map(put, batch)
+    make = partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(lambda x: make(x, x.shape if whole else None), batch)
 
 
 def shard_state(mesh, state, fsdp):
@@ -664,23 +589,16 @@ sep_token_id task_specific_params output_attentions output_hidden_states return_
 
 
 def snapshot(path, *more):
-    """The local folder of a folder, a run directory or a hub id.
-
-    Of the hub's files it loads those of configs and tokenizers, and what the patterns `more` name.
-    """
+    """The folder of a path or hub id, of which it loads configs, tokenizers and `more` patterns."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     with asked_for(f"{path}: no such folder, nor on the hub"):
-        patterns = ["*.json", "*.txt", "*.model", *more]
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", *more]))
 
 
 def read_config(folder, kinds, followed):
-    """The config of a model folder, of one of transformers' classes `kinds`. Raises UsageError.
-
-    Every field is one of those `followed`, or at its default.
-    """
+    """A folder's config, of a class in `kinds`; a field is in `followed` or has its default."""
     path = Path(folder) / "config.json"
     expect(path.exists(), "no config.json in it")
     model_type = json.loads(path.read_text()).get("model_type")
@@ -709,9 +627,9 @@ def read_weights(folder):
 
 
 def load_weights(params, weights, may_lack=()):
-    """Put `weights` {name: array} into `params` {name: parameter}: all of them, and no other.
+    """Set params {name: parameter} to weights {name: array}: all but those of prefixes `may_lack`.
 
-    Names that begin with one of `may_lack` may keep their init; gives those. Raises UsageError.
+    Returns the names that kept their init. Raises UsageError.
     """
     lacking = [name for name in params if name not in weights]
     missing = [name for name in lacking if not name.startswith(tuple(may_lack))]
@@ -728,10 +646,7 @@ def load_weights(params, weights, may_lack=()):
 
 
 def write_pretrained(folder, weights, config, kind, *parts):
-    """A Hugging Face model folder of {name: array}, and of what `parts` save, such as a tokenizer.
-
-    `kind` is transformers' class. Every process must have made `weights`; the first one writes.
-    """
+    """A model folder of weights {name: array}, for transformers' class `kind`; `parts` save too."""
     if jax.process_index() > 0:
         return
     folder = Path(folder)
@@ -762,7 +677,6 @@ class RunDir:
 
     def __init__(self, kind, cfg, may_change, facts, parts=()):
         self.is_first = jax.process_index() == 0
-        self.lock = None
         config = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples are lists in JSON
         config |= {"coordinator": None, "num_processes": None, "process_id": None, "resume": False}
         facts = json.loads(json.dumps(facts | {"processes": jax.process_count()}))
@@ -772,9 +686,7 @@ class RunDir:
         if self.is_first:
             if cfg.wandb:
                 with asked_for(f"--wandb {cfg.wandb}", Exception):
-                    import wandb
-
-                    wandb.login()  # fails without a key: before there is a directory
+                    importlib.import_module("wandb").login()  # fails without a key, before a run
             with asked_for(f"--out-dir {cfg.out_dir or 'out'}"):
                 path = str(self.take(kind, cfg))
         self.path = Path(gather(path)[0])  # the first process chose it
@@ -786,15 +698,12 @@ class RunDir:
         elif self.is_first:
             for part in parts:
                 part.save_pretrained(self.path)
-            for file in (inspect.getsourcefile(type(cfg)), __file__):
+            script = sys.modules[type(cfg).__module__]  # a notebook has no file
+            for file in {getattr(script, "__file__", __file__), __file__}:
                 shutil.copy(file, self.path)
         info = {"id": self.id, "config": config | {"out_dir": str(self.path)}, "facts": facts}
-        info["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        for library in ("jax", "flax", "optax", "datasets", "transformers"):
-            info[library] = version(library)
-        self.info = json.dumps(info, indent=1)
-        if not cfg.resume:  # a resume keeps the old one until Log's check has passed
-            self.write("run.json", self.info)
+        info["versions"] = {name: version(name) for name in ("jax", "flax", "optax", "datasets")}
+        self.write("run.json", json.dumps(info, indent=1))
 
     def take(self, kind, cfg):
         """Lock the next free out/KIND-001, or --out-dir where it is free or to be resumed."""
@@ -810,25 +719,19 @@ class RunDir:
         if names and not cfg.resume:
             expect("run.json" in names, "not empty and not a run; choose another directory")
             raise UsageError("holds a run; --resume to go on with it, or choose another directory")
-        self.lock = filelock.FileLock(path / "run.lock")
+        self.lock = filelock.FileLock(path / "run.lock", is_singleton=True)  # until it is collected
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise UsageError("another process is training in it") from error
         return path
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.lock:
-            self.lock.release()
-
     def compare(self, then, config, facts, may_change):
         """Refuse by name what would change the meaning of the run's checkpoint."""
-        has_trained = (self.path / "metrics.jsonl").exists()
-        is_lost = has_trained and not (self.path / "ckpt").exists()
+        is_lost = (self.path / "metrics.jsonl").exists() and not (self.path / "ckpt").exists()
         expect(not is_lost, f"--resume: {self.path} was trained, and its checkpoints are gone")
+        step = newest_step(self.path)
+        expect(step <= config["steps"], f"--steps {config['steps']}: {self.path} is at step {step}")
         for name in config.keys() - may_change:
             now = config[name]
             was = then["config"].get(name, now)
@@ -850,8 +753,7 @@ class Checkpoints:
 
     def __init__(self, folder, keep):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
         self.last_saved_step = self.manager.latest_step()
 
     def __enter__(self):
@@ -869,7 +771,7 @@ class Checkpoints:
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = {"state": ocp.args.StandardRestore(like), "position": ocp.args.JsonRestore()}
         advice = "it is damaged or of another model; delete it to go on from the one before"
-        with asked_for(f"--resume: {self.folder / str(step)}: {advice}", Exception):
+        with asked_for(f"--resume: {self.manager.directory / str(step)}: {advice}", Exception):
             restored = self.manager.restore(step, args=ocp.args.Composite(**args))
         return restored["state"], step, restored["position"][jax.process_index()]
 
@@ -932,47 +834,8 @@ class Stop:
             sys.exit(128 + self.signal)
 
 
-class Clock:
-    """Seconds of training: without pauses, and how many of them passed without a batch."""
-
-    def __init__(self):
-        self.began = time.perf_counter()  # pauses move it
-        self.paused_at = None
-        self.waited = 0.0
-
-    def timed(self, items):
-        """The items of a generator; the time that it takes counts as waiting."""
-        while True:
-            start = time.perf_counter()
-            item = next(items, None)
-            self.waited += time.perf_counter() - start
-            if item is None:
-                return
-            yield item
-
-    @contextmanager
-    def paused(self, pending):
-        """Stop the clock for an evaluation or a sample, when the `pending` steps are done."""
-        jax.block_until_ready(pending)
-        self.paused_at = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - self.paused_at
-        self.paused_at = None
-
-    def lap(self):
-        """(seconds, seconds waited) since the last lap."""
-        now = self.paused_at or time.perf_counter()
-        lap = (now - self.began, self.waited)
-        self.began = now
-        self.waited = 0.0
-        return lap
-
-
 class Log:
-    """metrics.jsonl, progress bar, curves.png and W&B of a run.
-
-    A step is `per_step` `unit`s (tokens, images) of `flops` each.
-    """
+    """metrics.jsonl, bar, curves.png and W&B of a run; a step is `per_step` `unit`s of `flops`."""
 
     def __init__(self, run, cfg, step, unit, per_step, flops):
         self.run = run
@@ -981,57 +844,68 @@ class Log:
         self.per_step = per_step
         self.mfu_of_rate = flops / peak_flops()
         self.path = run.path / "metrics.jsonl"
-        lines = read_lines(self.path)
-        expect(step <= cfg.steps, f"--steps {cfg.steps}: {run.path} is at step {step} already")
-        self.lines = [line for line in lines if line["step"] <= step]  # the others come again
-        run.write("run.json", run.info)
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        lines = map(parse_line, text.splitlines())  # a power cut may leave one that is no JSON
+        self.lines = [line for line in lines if line.get("step", math.inf) <= step]
         run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.pending = []  # (step, metrics on the device, other values)
-        self.clock = Clock()
+        self.pending = []  # (step, metrics on the device)
         self.last_step = step  # the step of the last line
+        self.began = time.perf_counter()  # the time of the last line; pauses move it
+        self.waited = 0.0  # seconds since then without a batch
         self.bar = tqdm(total=cfg.steps, initial=step, disable=None if run.is_first else True)
         self.wandb = None
         if cfg.wandb and run.is_first:
-            import wandb
-
             names = {"project": cfg.wandb, "name": run.path.name, "id": run.id, "resume": "allow"}
-            self.wandb = wandb.init(config=dataclasses.asdict(cfg), dir=str(run.path), **names)
+            init = importlib.import_module("wandb").init
+            self.wandb = init(config=dataclasses.asdict(cfg), dir=str(run.path), **names)
 
-    def step(self, step, metrics, **others):
+    def timed(self, items):
+        """The items of a generator; the time that it takes counts as waiting."""
+        start = time.perf_counter()
+        for item in items:
+            self.waited += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """Leave an evaluation or a sample out of the time of training."""
+        jax.block_until_ready(self.pending)
+        start = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - start
+
+    def step(self, step, metrics):
         """Note a dispatched step. Its metrics stay on the device until the next is under way."""
         if self.pending and (step - 1) % self.every == 0:
             self.flush()
-        self.pending.append((step, metrics, others))
+        self.pending.append((step, metrics))
         self.bar.update()
 
-    def paused(self):
-        return self.clock.paused(self.pending)
-
-    def flush(self, validation=None):
-        """Write a line of the last step. RunError if a metric since the last line is not finite."""
+    def flush(self, scores=None):
+        """Write the line of the last step, with `scores`. RunError where one is not finite."""
         if not self.pending:
             return
-        validation = validation or {}
         fetched = jax.device_get(self.pending)
         self.pending = []
-        fetched[-1][1].update(validation)
-        for step, values, _ in fetched:
+        fetched[-1][1].update(scores or {})
+        for step, values in fetched:
             if not np.isfinite([*values.values()]).all():
                 values = ", ".join(f"{name} {value:g}" for name, value in values.items())
                 advice = "try a lower --lr, more --warmup-steps or --grad-clip 1"
                 raise RunError(f"step {step}: {values}; the checkpoints before are good; {advice}")
-        step, metrics, others = fetched[-1]
-        seconds, waited = self.clock.lap()
+        line = {"step": step} | {name: np.asarray(value).item() for name, value in values.items()}
+        seconds = time.perf_counter() - self.began
         rate = (step - self.last_step) * self.per_step / seconds
-        self.last_step = step
-        line = {"step": step} | {name: float(value) for name, value in metrics.items()}
-        line[self.unit] = step * self.per_step
-        line[f"{self.unit}_per_s"] = rate
+        line |= {self.unit: step * self.per_step, f"{self.unit}_per_s": rate}
         line["mfu"] = rate * self.mfu_of_rate or None  # None: unknown device
-        line["data_wait"] = waited / seconds
-        self.write(line | others, validation)
+        line["data_wait"] = self.waited / seconds
+        self.write(line, scores or {})
+        self.last_step = step
+        self.began = time.perf_counter()
+        self.waited = 0.0
 
-    def write(self, line, validation):
+    def write(self, line, scores):
         self.lines.append(line)
         if self.run.is_first:
             with open(self.path, "a") as file:
@@ -1043,28 +917,16 @@ class Log:
         text += f" mfu {line['mfu']:.1%}" if line["mfu"] else ""
         text += f" wait {line['data_wait']:.1%}"
         self.bar.set_postfix_str(text)
-        if validation or self.bar.disable:
-            figures = "".join(f" {name} {value:.4f}" for name, value in validation.items())
+        if scores or self.bar.disable:
+            figures = "".join(f" {name} {value:.4f}" for name, value in scores.items())
             tqdm.write(f"step {line['step']}: {text}{figures}")
-        if validation and self.run.is_first:
+        if scores and self.run.is_first:
             draw_curves(self.lines, self.run.path / "curves.png")
 
     def close(self):
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def read_lines(path):
-    """The lines of a metrics.jsonl but for those that a kill or a power cut left broken."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict) and "step" in found:
-                    lines.append(found)
-    return lines
 
 
 def draw_curves(lines, path):
@@ -1080,6 +942,4 @@ def draw_curves(lines, path):
             axes.plot(*zip(*points), marker="." if name.startswith("val_") else "", label=name)
         axes.set(xlabel="step", ylabel=names[0])
         axes.legend(frameon=False)
-    whole = path.with_suffix(".tmp.png")
-    figure.savefig(whole, dpi=100)
-    os.replace(whole, path)
+    figure.savefig(path, dpi=100)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerFast
@@ -125,7 +126,7 @@ class Texts(NamedTuple):
     """What --data and --val-data name."""
 
     train: datasets.IterableDataset
-    judge: Callable  # record -> its text; ValueError says why it has none
+    parse: Callable  # record -> its text; ValueError says why it has none
     faults: dict  # how `windows` meets those of the data
     held_out: list  # texts to validate on
     first: Iterator  # the first ones to train on, for a tokenizer
@@ -135,28 +136,28 @@ class Texts(NamedTuple):
 def open_texts(cfg):
     """Open --data and --val-data, and hold out the texts to validate on. Raises UsageError."""
     then = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
-    data, judge = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
+    data, parse = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
     facts = dict(data.facts)
     if cfg.val_data:
         commit = then.get("val commit")
-        val_data, val_judge = open_one("--val-data", cfg.val_data, None, commit, cfg)
+        val_data, val_parse = open_one("--val-data", cfg.val_data, None, commit, cfg)
         facts |= {f"val {name}": fact for name, fact in val_data.facts.items()}
     else:
         val_data = data
-        val_judge = judge
+        val_parse = parse
     split = next(name for name in ("validation", "test", "train") if name in val_data.splits)
     n = cfg.val_docs
-    held_out = list(islice(texts_in_order(val_data, split, val_judge), n))
+    held_out = list(islice(texts_in_order(val_data, split, val_parse), n))
     advice = "ask for fewer, or give --val-data"
     expect(len(held_out) == n, f"--val-docs {n}: there are {len(held_out)}; {advice}")
     known = set(held_out)
-    others = (text for text in texts_in_order(data, "train", judge) if text not in known)
+    others = (text for text in texts_in_order(data, "train", parse) if text not in known)
     one = list(islice(others, 1))
     expect(one or not cfg.steps, f"--val-docs {n}: leaves none to train on; {advice}")
     first = chain(one, islice(others, 10_000))
     return Texts(
         train=data.splits["train"],
-        judge=judge,
+        parse=parse,
         faults=data.faults,
         held_out=held_out,
         first=first,
@@ -178,6 +179,8 @@ def open_one(flag, name, configuration, commit, cfg):
 
 def text_of(record, column):
     """The text in a record, "" of an empty one. ValueError says why it has none."""
+    if common.BAD in record:
+        raise ValueError(record[common.BAD])
     if record and column not in record:
         raise ValueError(f"no {column} in it")
     text = record.get(column)
@@ -191,11 +194,27 @@ def text_of(record, column):
     return text
 
 
-def texts_in_order(data, split, judge):
+def good_records(records, parse, window, bad):
+    """[parse(record)] of the good ones in a window, and the number of bad ones so far in the run.
+
+    `parse` raises ValueError to say why a record is bad; `bad` of them came before this window.
+    """
+    good = []
+    for i, record in enumerate(records):
+        try:
+            good.append(parse(record))
+        except ValueError as error:
+            bad += 1
+            place = f"record {window['record'] + i:,} of epoch {window['epoch']}"
+            common.report_bad(bad, window["seen"] + i + 1, f"{place}: {common.reason(error)}")
+    return good, bad
+
+
+def texts_in_order(data, split, parse):
     """The texts of a split, once, in the order of the files."""
     bad = 0
     for records, _, window in common.windows(data.splits[split], 16, seed=None, **data.faults):
-        texts, bad = common.good_records(records, judge, window, bad)
+        texts, bad = good_records(records, parse, window, bad)
         yield from (text for text in texts if text)
 
 
@@ -302,7 +321,7 @@ def batches(texts, tokenizer, cfg, position=None):
         if window["epoch"] > last_epoch + 1:  # `window` is the place where these records begin
             return
         bad_before = bad
-        documents, bad = common.good_records(records, texts.judge, window, bad)
+        documents, bad = good_records(records, texts.parse, window, bad)
         documents = [text for text in documents if text and text not in held_out]
         rows = pack(tokenizer, documents, cfg.seq_len + 1, rng)
         for i in range(skip, len(rows)):
@@ -846,7 +865,7 @@ def build(cfg, tokenizer):
     changes = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if cfg.dropout is not None or not cfg.init_from:
         changes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), cfg.dropout or 0.0)
-    if common.has_checkpoint(cfg):  # a resume needs no --init-from: the weights come from there
+    if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
         with common.asked_for(f"--resume: {cfg.out_dir}"):
             config = common.read_config(common.snapshot(cfg.out_dir), [GPT2Config], FOLLOWED)
         config.update(changes)
@@ -919,7 +938,8 @@ def main(cfg):
     schedule = make_schedule(cfg)
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
-    mesh = common.make_mesh()
+    # Auto: under explicit axes nnx.Embed refuses a cut batch
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, accum, schedule)
     evaluate = make_evaluate(graphdef, val_rows, tokens_per_byte, mesh)
@@ -944,18 +964,19 @@ def main(cfg):
     flops = flops_of_token(model, T)
     del model, optimizer  # else the first device would keep its own whole copy
 
-    with run, common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
+    with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "tokens", cfg.batch_size * T, flops)
         stream = common.ahead(batches(texts, tokenizer, cfg, position), 128, stop)
-        for tokens, position in islice(log.clock.timed(stream), cfg.steps - step):
+        for tokens, position in islice(log.timed(stream), cfg.steps - step):
             tokens = common.shard_batch(mesh, tokens)  # (B, T + 1)
             state, metrics = train_step(state, tokens, jax.random.fold_in(key, step))
             step += 1
-            log.step(step, metrics, bad_records=position["bad"])
+            log.step(step, metrics | {"bad_records": position["bad"]})
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 with log.paused():
-                    log.flush(evaluate(state))  # in the line of this step
+                    scores = evaluate(state)
+                log.flush(scores)  # in the line of this step
             if cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps):
                 with log.paused():
                     model, _ = nnx.merge(graphdef, state)

@@ -41,7 +41,7 @@ import optax
 import transformers
 from datasets.data_files import SPLIT_KEYWORDS
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -131,7 +131,7 @@ class Split(NamedTuple):
     """A part of the data to read."""
 
     dataset: datasets.IterableDataset
-    judge: Callable  # (record, classes) -> name, bytes and label of a picture, or BadPicture
+    parse: Callable  # (record, classes) -> name, bytes and label of a picture, or BadPicture
     faults: dict  # how `windows` meets those of the data
 
 
@@ -190,11 +190,11 @@ def open_one(flag, name, configuration, commit, cfg):
         image = find_column(train, cfg.image_column, datasets.Image, usual)
         usual = ["label", "labels", "cls", "class"]
         label = find_column(train, cfg.label_column, datasets.ClassLabel, usual)
-    judge = partial(judge_record, image_column=image, label_column=label)
+    parse = partial(parse_record, image_column=image, label_column=label)
     for split, dataset in splits.items():
         if dataset.column_names:  # unknown of files of text
             dataset = dataset.select_columns([image, label])
-        splits[split] = Split(dataset, judge, data.faults)
+        splits[split] = Split(dataset, parse, data.faults)
     classes = getattr((train.features or {}).get(label), "names", [])
     return splits, data.facts, classes
 
@@ -295,7 +295,7 @@ class BadPicture(ValueError):
     """Why a record gives no row."""
 
 
-def judge_record(record, classes, image_column, label_column):
+def parse_record(record, classes, image_column, label_column):
     """(name, bytes, label) of a record's picture. Raises BadPicture."""
     label = record.get(label_column)
     is_whole = isinstance(label, numbers.Real) and label % 1 == 0  # nan and infinity are not
@@ -381,7 +381,7 @@ def training_crop(image, size, cfg, seed):
 
 def make_row(record, pictures, size, cfg, seed):
     """(training crop, label) of a record, None where it is held out. Raises BadPicture."""
-    name, data, label = pictures.train.judge(record, pictures.classes)
+    name, data, label = pictures.train.parse(record, pictures.classes)
     every = pictures.val_every
     if every and zlib.crc32(data) % every == 0:  # and so are its copies
         return None
@@ -442,7 +442,7 @@ def validation_rows(pictures, view):
     every = pictures.val_every
 
     def view_row(record):
-        name, data, label = pictures.val.judge(record, pictures.classes)
+        name, data, label = pictures.val.parse(record, pictures.classes)
         if every and zlib.crc32(data) % every > 0:
             return None
         return view.pixels(open_image(name, data)), label
@@ -1037,7 +1037,7 @@ def check(cfg):
 def build(cfg, classes):
     """The model to start from: that of --init-from, whose sizes it has, or a new one."""
     options = {"dropout": cfg.dropout, "dtype": cfg.dtype, "remat": cfg.remat}
-    if common.has_checkpoint(cfg):  # a resume needs no --init-from: the weights come from there
+    if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
         with common.asked_for(f"--resume: {cfg.out_dir}"):
             folder = common.snapshot(cfg.out_dir)
             config = common.read_config(folder, [transformers.ResNetConfig], FOLLOWED)
@@ -1115,7 +1115,7 @@ def main(cfg):
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     average = jax.tree.map(jnp.copy, model) if cfg.ema else None  # a running mean of the model
     graphdef, state = nnx.split((model, optimizer, average))
-    mesh = common.make_mesh()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, accum, cfg, schedule)
     most = cfg.eval_batches * cfg.batch_size
@@ -1139,15 +1139,15 @@ def main(cfg):
     size = cfg.batch_size * S * S * 3  # bytes of a batch
     depth = int(np.clip(2e9 / size, 2, 128))
 
-    with run, common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
+    with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "images", cfg.batch_size, flops)
         stream = common.ahead(batches(pictures, S, cfg, position), depth, stop)
-        for batch, position in islice(log.clock.timed(stream), cfg.steps - step):
+        for batch, position in islice(log.timed(stream), cfg.steps - step):
             images, labels = common.shard_batch(mesh, batch)  # (B, S, S, 3) and (B,)
             state, metrics = train_step(state, images, labels, jax.random.fold_in(key, step))
             step += 1
-            log.step(step, metrics, bad_records=position["bad"])
+            log.step(step, metrics | {"bad_records": position["bad"]})
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 with log.paused():
                     try:
@@ -1155,9 +1155,9 @@ def main(cfg):
                     except common.RunError as error:  # of the data: save, and raise it then
                         stop.error = error
                         break
-                    log.flush(figures)  # in the line of this step
                     if run.is_first:
                         draw_predictions(run.path / "predictions.png", examples, names)
+                log.flush(figures)  # in the line of this step
             if step % cfg.ckpt_every == 0:
                 log.flush()  # raises before a state that is not finite could be saved
                 checkpoints.save(step, state, position)

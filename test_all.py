@@ -291,11 +291,11 @@ def open_one(name, configuration=None):
 
 def documents(name, split="train", configuration=None):
     """(texts in the order of the files, number of bad records) of the data."""
-    data, judge = open_one(name, configuration)
+    data, parse = open_one(name, configuration)
     texts = []
     bad = 0
     for records, _, window in common.windows(data.splits[split], 16, seed=None, **data.faults):
-        good, bad = common.good_records(records, judge, window, bad)
+        good, bad = gpt_train.good_records(records, parse, window, bad)
         texts += [text for text in good if text]
     return texts, bad
 
@@ -677,7 +677,8 @@ def make_step(script, model, **changes):
         parts.append(jax.tree.map(jnp.copy, model) if cfg.ema else None)
         options = [cfg, schedule]
     graphdef, state = nnx.split(tuple(parts))
-    state = common.shard_state(common.make_mesh(), state, fsdp=False)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = common.shard_state(mesh, state, fsdp=False)
     accum = script.count_microbatches(cfg.batch_size, cfg.device_rows)
     step = script.make_train_step(graphdef, state, accum, *options)
     return state, step, partial(nnx.merge, graphdef)
@@ -1309,8 +1310,8 @@ def open_pictures(name):
     cfg = resnet_stream.Config()
     splits, _, classes = resnet_stream.open_one("--data", name, None, None, cfg)
     found = {}
-    for split, (dataset, judge, _) in splits.items():
-        rows = [judge(record, classes or range(9)) for record in dataset]
+    for split, (dataset, parse, _) in splits.items():
+        rows = [parse(record, classes or range(9)) for record in dataset]
         found[split] = sorted((data, label) for _, data, label in rows)
     return found, classes
 
@@ -1582,7 +1583,7 @@ BAD[gpt_train] = {
     "--resume": "--resume: out holds no gpt run",
     "--coordinator host --num-processes 2 --process-id 0": "needs HOST:PORT",
     # data
-    "--data no/such.txt": "--data no/such.txt: no such file",
+    "--data no/such.txt": "--data no/such.txt: Unable to find",
     "--data a.doc": "--data a.doc: no such file, or none with data; expected .parquet",
     "--data rows.jsonl": "--data rows.jsonl: no column text, only id, title, body",
     "--data numbers.csv": "--data numbers.csv: text is 7, no str",
@@ -1872,12 +1873,12 @@ def test_every_format_gives_its_texts_from_disk_and_from_the_web(case, tmp_path)
     assert documents(f"files/{first}") == (texts, bad)
     if re.fullmatch(r"a\.\w+(\.\w+)?", first):
         assert documents(f"{Hub(tmp_path).url}/files/{first}") == (texts, bad)
-    data, judge = open_one(f"files/{first}")
+    data, parse = open_one(f"files/{first}")
     found = []
     for records, _, window in common.windows(data.splits["train"], 2, seed=0):
         if window["epoch"] == 2:
             break
-        good, _ = common.good_records(records, judge, window, 0)
+        good, _ = gpt_train.good_records(records, parse, window, 0)
         found += [text for text in good if text]
     assert sorted(found) == sorted(texts * 2), "in training too"
 
@@ -1907,8 +1908,8 @@ def test_splits_columns_and_configurations_are_found(tmp_path):
         assert documents("d", configuration=name)[0] == [name] * 3
     write({"a.csv": "body,title\nlong,short\n"})
     cfg = gpt_train.Config(text_column="title")
-    data, judge = gpt_train.open_one("--data", "a.csv", None, None, cfg)
-    assert [judge(record) for record in data.splits["train"]] == ["short"]
+    data, parse = gpt_train.open_one("--data", "a.csv", None, None, cfg)
+    assert [parse(record) for record in data.splits["train"]] == ["short"]
 
 
 # ---- streams ----
@@ -2066,7 +2067,10 @@ def test_broken_file_here_and_a_slip_in_a_generator_are_not_tried_again(monkeypa
     whole = parquet_of(texts, row_group_size=10)
     write({"hole.parquet": whole[:150_000] + bytes(30_000) + whole[180_000:]})
     write({"cut.jsonl.gz": gzip.compress(jsonl(texts).encode())[:-200]})
-    broken = {"hole.parquet": "the data failed: ", "cut.jsonl.gz": "the data failed: .*in cut.json"}
+    broken = {
+        "hole.parquet": "the data failed: ",
+        "cut.jsonl.gz": "the data failed: .*in /.*/cut.json",
+    }
     for name, message in broken.items():
         data = common.open_data(name)
         stream = shuffled_windows(data.splits["train"], 10, seed=0, **data.faults)
@@ -2143,13 +2147,13 @@ def test_batches_go_on_after_every_one_with_exact_counts_and_never_hold_what_is_
 
 def test_many_bad_records_end_the_stream_and_few_do_not(capfd):
     def count_good(name):
-        data, judge = open_one(name)
+        data, parse = open_one(name)
         good = 0
         bad = 0
         for records, _, window in common.windows(data.splits["train"], 1000, seed=0):
             if window["epoch"] == 2:
                 return good, bad
-            found, bad = common.good_records(records, judge, window, bad)
+            found, bad = gpt_train.good_records(records, parse, window, bad)
             good += len(found)
 
     for name, share in {"few.jsonl": 120, "many.jsonl": 90}.items():
@@ -2303,7 +2307,7 @@ def test_run_leaves_metrics_curves_checkpoints_its_source_and_a_model(script, wa
     assert last[unit] == 16 * (128 * 32 if is_text else 32)
     assert saved_steps(folder) == [15, 16]
     info = json.loads((folder / "run.json").read_text())
-    assert info["config"]["steps"] == 16 and info["jax"] == jax.__version__
+    assert info["config"]["steps"] == 16 and info["versions"]["jax"] == jax.__version__
     start, *rest, end = wandb
     assert rest == found and end == "end" and start["project"] == "mine"
     assert re.fullmatch(folder.name + "-[0-9a-f]{8}", start["id"]), "directories' names recur"
@@ -2403,7 +2407,7 @@ def test_run_directory_is_never_taken_over_and_a_resume_changes_no_meaning(typed
     resume = ("--resume", "--out-dir", "a")
     refused("holds a run; --resume to go on with it, or choose another directory", **args)
     refused("a is a run of another script", *resume, script=bert_mlm)
-    refused("--steps 2: a is at step 3 already", *resume, "--steps", "2")
+    refused("--steps 2: a is at step 3", *resume, "--steps", "2")
     for changed in ("--seq-len 16", "--seed 7", "--shuffle-buffer 7", "--data d/0.txt"):
         refused(f"{changed}: the run in a was started with", *resume, *changed.split())
     write({"d/1.txt": "more"})
@@ -2412,7 +2416,7 @@ def test_run_directory_is_never_taken_over_and_a_resume_changes_no_meaning(typed
     write({"val.txt": "one two three four " * 10})
     refused("--resume: other validation texts (", *resume, "--steps", "5")
     write(files)
-    with pytest.raises(common.UsageError, match="name the run with --out-dir"):
+    with pytest.raises(common.UsageError, match="name one by --out-dir"):
         train(resume=True)
     typed(gpt_train, *resume, steps=5, grad_clip=0, ckpt_every=1, eval_every=5)
     assert [line["step"] for line in lines("a")] == [1, 2, 3, 4, 5]
