@@ -124,7 +124,7 @@ PRESETS = {
     "bert-large": fineweb(n_layer=24, n_head=16, n_embd=1024, lr=2e-4, device_rows=128, remat=True),
     "classify": CLASSIFY,
 }
-# where one of these flags is given, a preset's value of the other was not meant for it
+# flag: the preset's value that is void where this flag is given
 FORGET = {"data": "data_name", "init_from": "tokenizer"}
 
 # flags that may change when a run goes on; another would change what its checkpoint means
@@ -137,25 +137,25 @@ MAY_CHANGE = {
 # ---- data: documents -> tokens -> rows -> batches ----
 
 
-class Texts(NamedTuple):
-    """What --data and --val-data name: texts, or to classify pairs (text, label)."""
+class Corpus(NamedTuple):
+    """What --data and --val-data name: texts; for task classify, pairs (text, label)."""
 
     train: datasets.IterableDataset
     parse: Callable  # record -> its text or pair; ValueError says why it has none
-    faults: dict  # how `windows` meets those of the data
+    faults: dict  # arguments of common.windows: the errors to reopen after, and how often
     held_out: list  # texts or pairs to validate on
     first: Iterator  # the first ones to train on, for a tokenizer
     facts: dict  # what a resume must find again
     classes: list | None  # the names of the labels
 
 
-def open_texts(cfg):
+def open_corpus(cfg):
     """Open --data and --val-data, and hold out the texts to validate on. Raises UsageError."""
-    then = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
-    data, parse, classes = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
+    old_facts = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
+    data, parse, classes = open_one("--data", cfg.data, cfg.data_name, old_facts.get("commit"), cfg)
     facts = dict(data.facts)
     if cfg.val_data:
-        commit = then.get("val commit")
+        commit = old_facts.get("val commit")
         val_data, val_parse, names = open_one("--val-data", cfg.val_data, None, commit, cfg)
         expect(names == classes, f"--val-data {cfg.val_data}: names other classes than --data")
         facts |= {f"val {name}": fact for name, fact in val_data.facts.items()}
@@ -172,7 +172,7 @@ def open_texts(cfg):
     one = list(islice(others, 1))
     expect(one or not cfg.steps, f"--val-docs {n}: leaves none to train on; {advice}")
     first = chain(one, islice(others, 10_000))
-    texts = Texts(
+    corpus = Corpus(
         train=data.splits["train"],
         parse=parse,
         faults=data.faults,
@@ -182,13 +182,13 @@ def open_texts(cfg):
         classes=classes,
     )
     if cfg.task == "classify":
-        return name_classes(texts, cfg)
-    return texts
+        return name_classes(corpus, cfg)
+    return corpus
 
 
 def open_one(flag, name, configuration, commit, cfg):
     """(common.Data, what takes the text or pair out of a record, classes) of what a flag names."""
-    with common.asked_for(f"{flag} {name}"):
+    with common.usage_errors(f"{flag} {name}"):
         files = f"{sysconfig.get_path('stdlib')}/*.py" if name == "stdlib" else name
         data = common.open_data(files, configuration, commit)
         train = data.splits["train"]
@@ -237,10 +237,11 @@ def pair_of(record, columns, classes=None):
     return text, int(label)
 
 
-def good_records(records, parse, window, bad):
+def good_records(records, parse, place, bad):
     """[parse(record)] of the good ones in a window, and the number of bad ones so far in the run.
 
-    `parse` raises ValueError to say why a record is bad; `bad` of them came before this window.
+    `parse` raises ValueError to say why a record is bad. `place` is where the window begins, and
+    `bad` records came before it.
     """
     good = []
     for i, record in enumerate(records):
@@ -248,33 +249,33 @@ def good_records(records, parse, window, bad):
             good.append(parse(record))
         except ValueError as error:
             bad += 1
-            place = f"record {window['record'] + i:,} of epoch {window['epoch']}"
-            common.report_bad(bad, window["seen"] + i + 1, f"{place}: {common.reason(error)}")
+            what = f"record {place['record'] + i:,} of epoch {place['epoch']}"
+            common.report_bad(bad, place["seen"] + i + 1, f"{what}: {common.reason(error)}")
     return good, bad
 
 
 def texts_in_order(data, split, parse):
     """The texts or pairs of a split, once, in the order of the files."""
     bad = 0
-    for records, _, window in common.windows(data.splits[split], 16, seed=None, **data.faults):
-        texts, bad = good_records(records, parse, window, bad)
+    for records, _, place in common.windows(data.splits[split], 16, seed=None, **data.faults):
+        texts, bad = good_records(records, parse, place, bad)
         yield from (text for text in texts if text)
 
 
-def name_classes(texts, cfg):
-    """`texts` with names of the classes: without any 0, 1, ... up to the largest label seen."""
-    labels = {label for _, label in texts.held_out}
+def name_classes(corpus, cfg):
+    """The corpus with names of classes; else these are 0, 1, ... up to the largest label seen."""
+    labels = {label for _, label in corpus.held_out}
     only = f"--val-docs {cfg.val_docs}: all are of class {min(labels)}; give --val-data"
     expect(len(labels) > 1 or cfg.steps == 0, only)
-    if texts.classes:
-        return texts
-    first = list(texts.first)
+    if corpus.classes:
+        return corpus
+    first = list(corpus.first)
     largest = max(labels.union(label for _, label in first))
     what = f"a label is {largest}; expected numbers of classes, 0, 1, ..."
     expect(largest < 100_000, f"--label-column: {what}")
     classes = [str(i) for i in range(largest + 1)]
-    parse = partial(texts.parse, classes=classes)  # a label beyond is a bad record
-    return texts._replace(parse=parse, first=iter(first), classes=classes)
+    parse = partial(corpus.parse, classes=classes)  # a label beyond is a bad record
+    return corpus._replace(parse=parse, first=iter(first), classes=classes)
 
 
 def load_tokenizer(name, documents=(), is_new=True):
@@ -289,7 +290,7 @@ def load_tokenizer(name, documents=(), is_new=True):
         expect(is_size, f"--tokenizer {name}: expected bpe:N, N above 261")
         return train_tokenizer(int(size), documents)
     folder = common.snapshot(name)
-    with common.asked_for(f"--tokenizer {name}"):
+    with common.usage_errors(f"--tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         is_fast = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
         expect(is_fast, "no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
@@ -335,7 +336,7 @@ def encode(tokenizer, texts, special=False):
     if backend.truncation or backend.padding or backend.encode_special_tokens != (not special):
         backend.no_truncation()  # rarely set: it has to wait while another thread uses it
         backend.no_padding()
-        backend.encode_special_tokens = not special
+        backend.encode_special_tokens = not special  # True there: they are text
     ids = []
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token: never hold many
         for encoding in backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False):
@@ -387,7 +388,7 @@ def label_rows(tokenizer, pairs, length, rng):
     A text is cut or padded.
     """
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    ids = encode(tokenizer, [text for text, _ in pairs], special=True)
+    ids = encode(tokenizer, [text for text, _ in pairs], special=True)  # as transformers does
     tokens, lengths = frame(tokenizer, ids, length)
     return {
         "tokens": tokens,
@@ -397,31 +398,31 @@ def label_rows(tokenizer, pairs, length, rng):
     }
 
 
-def batches(texts, tokenizer, cfg, position=None):
+def batches(corpus, tokenizer, cfg, position=None):
     """Documents -> tokens -> rows -> batches {"tokens": (B, T), ...}, each with the position to
-    go on after it; or to classify pairs -> framed rows -> batches.
+    go on after it. For task classify: pairs -> framed rows -> batches.
 
     B is this process's share. Ends when a whole epoch has no row.
     """
     start = position or {"window": None, "row": 0, "bad_before": 0}
     skip = start["row"]  # rows of the first window that were given before
     bad = start["bad_before"]  # bad records before that window
-    epoch = start["window"]["epoch"] if position else -1  # of the last row so far
-    held_out = set(texts.held_out)
+    last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
+    held_out = set(corpus.held_out)
     if cfg.task == "classify":
-        held_out = {text for text, _ in texts.held_out}
+        held_out = {text for text, _ in corpus.held_out}
     batch = []
-    for records, rng, window in common.windows(
-        texts.train,
+    for records, rng, place in common.windows(
+        corpus.train,
         cfg.shuffle_buffer,
         seed=cfg.seed,
         position=start["window"],
-        **texts.faults,
+        **corpus.faults,
     ):
-        if window["epoch"] > epoch + 1:
-            return  # the epoch between gave no row
+        if place["epoch"] > last_epoch + 1:  # a whole epoch gave no row, nor will the next
+            return
         bad_before = bad
-        good, bad = good_records(records, texts.parse, window, bad)
+        good, bad = good_records(records, corpus.parse, place, bad)
         if cfg.task == "classify":
             pairs = [pair for pair in good if pair and pair[0] not in held_out]
             rows = label_rows(tokenizer, pairs, cfg.seq_len, rng)
@@ -429,29 +430,30 @@ def batches(texts, tokenizer, cfg, position=None):
             documents = [text for text in good if text and text not in held_out]
             rows = pack(tokenizer, documents, cfg.seq_len, rng)
         for i in range(skip, len(rows["tokens"])):
-            epoch = window["epoch"]
+            last_epoch = place["epoch"]
             batch.append({name: x[i] for name, x in rows.items()})
             if len(batch) == cfg.batch_size // jax.process_count():
-                place = {"window": window, "row": i + 1, "bad_before": bad_before, "bad": bad}
-                yield jax.tree.map(lambda *x: np.stack(x), *batch), place
+                # a resume parses this window again and counts from bad_before; bad is for the log
+                position = {"window": place, "row": i + 1, "bad_before": bad_before, "bad": bad}
+                yield jax.tree.map(lambda *x: np.stack(x), *batch), position
                 batch = []
         skip = 0
 
 
-def validation_rows(tokenizer, texts, length, batch_size, mask=None):
+def validation_rows(tokenizer, texts, length, batch_size, mask_fn=None):
     """What loss_sum takes, {name: (batches, batch_size, ...)}: each token of `texts` in a row once,
-    under masks that are the same in every run; or without `mask` each of the pairs.
+    under masks that are the same in every run. Without a `mask_fn`, `texts` are pairs.
 
     The rows that fill up the last batch weigh 0.
     """
-    if mask is None:
+    if mask_fn is None:
         rows = label_rows(tokenizer, texts, length, np.random.default_rng(0))
     else:
         tokens = encode_documents(tokenizer, texts)[:-1]  # the frame has the last [SEP]
         starts = range(0, len(tokens), length - 2)
         pieces = [tokens[i : i + length - 2] for i in starts]
         tokens, lengths = frame(tokenizer, pieces, length)
-        rows = jax.device_get(jax.jit(mask)(jax.random.key(1), tokens))
+        rows = jax.device_get(jax.jit(mask_fn)(jax.random.key(1), tokens))
         rows["lengths"] = lengths
     expect(rows["weights"].any(), f"--val-docs {len(texts)}: hold no token to predict")
     n = len(rows["tokens"])
@@ -491,11 +493,11 @@ def mask_tokens(key, tokens, tokenizer, *, share=0.15):
 
     dice = jax.random.uniform(how_key, (B, M))
     random = ordinary[jax.random.randint(token_key, (B, M), 0, len(ordinary))]
-    hidden = jnp.where(dice < 0.9, random, targets)
-    hidden = jnp.where(dice < 0.8, tokenizer.mask_token_id, hidden)
-    hidden = jnp.where(weights > 0, hidden, targets)
+    shown = jnp.where(dice < 0.9, random, targets)
+    shown = jnp.where(dice < 0.8, tokenizer.mask_token_id, shown)
+    shown = jnp.where(weights > 0, shown, targets)
     return {
-        "tokens": jnp.put_along_axis(tokens, positions, hidden, axis=1, inplace=False),
+        "tokens": jnp.put_along_axis(tokens, positions, shown, axis=1, inplace=False),
         "positions": positions,
         "targets": targets,
         "weights": weights,
@@ -673,7 +675,8 @@ class BERT(nnx.Module):
         keys = split_key(key, len(encoder.layer) + 1)
         pos = jnp.arange(tokens.shape[1])[None]
         x = tables.word_embeddings(tokens) + tables.position_embeddings(pos)  # (B, T, C)
-        types = tables.token_type_embeddings.embedding[...]  # the module fails where there is one
+        # not by the module: nnx.Embed fails where there is one type
+        types = tables.token_type_embeddings.embedding[...]
         x = x + jnp.take(types, jnp.asarray(token_types), axis=0)
         x = x if is_pre_norm(self.config) else tables.LayerNorm(x)
         x = dropout(x.astype(self.dtype), self.config.hidden_dropout_prob, keys[-1])
@@ -706,7 +709,7 @@ def round_up(n, unit):
 # ---- pretrained weights in and out ----
 
 KINDS = [BertConfig, MegatronBertConfig]
-# fields of these that the model follows; others must be at their default
+# fields of these that the model follows; others, but for NOT_COMPUTED, must be at their default
 FOLLOWED = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
@@ -749,7 +752,7 @@ def match_classes(theirs, classes):
 
     They are matched by name, or by place where one side just counts them; else the places are None.
     """
-    if sorted(theirs) == sorted(set(classes)):
+    if sorted(theirs) == sorted(set(classes)):  # a name that recurs cannot be matched
         return [theirs.index(name) for name in classes], classes
     n = len(classes)
     numbers = [str(i) for i in range(n)]
@@ -812,9 +815,9 @@ def from_pretrained(
     config = common.read_config(folder, KINDS, FOLLOWED)
     config.update(overrides)
     weights = read_weights(folder, config)
-    why = ""
+    why_new = ""
     if classes and "classifier.weight" in weights:
-        why = take_classifier(weights, config, classes)
+        why_new = take_classifier(weights, config, classes)
     elif classes:
         config.update(label_names(classes))
 
@@ -827,11 +830,11 @@ def from_pretrained(
     for name in list(weights):
         if name not in params and name.startswith(OPTIONAL):  # of another head
             del weights[name]
-    new = common.load_weights(params, weights, OPTIONAL)
+    new = common.load_weights(params, weights, OPTIONAL)  # names of those that are drawn
     if new:
-        why = why or f"has no {', '.join(new)}"
-        expect(seed is not None, f"{why}, so no head for --task {head}")
-        print(f"head       new: {why}")
+        why_new = why_new or f"has no {', '.join(new)}"
+        expect(seed is not None, f"{why_new}, so no head for --task {head}")
+        print(f"head       new: {why_new}")
     return model
 
 
@@ -854,7 +857,7 @@ def save_pretrained(model, folder, *parts):
 def loss_sum(model, batch, key=None):
     """Cross-entropy in nats, summed over the targets by weight, their number, and those guessed.
 
-    Targets are tokens at "positions" (B, M), or without these classes (B,).
+    Targets are tokens at "positions" (B, M); in a batch without these, classes (B,).
     """
     hidden_key, head_key = split_key(key, 2)
     hidden = model(batch["tokens"], batch.get("lengths"), key=hidden_key)  # (B, T, C)
@@ -900,7 +903,8 @@ def make_optimizer(cfg, schedule):
 
     def kinds(params):
         def kind(path, p):
-            return "hidden" if path[1].key == "encoder" and p.ndim == 2 else "rest"
+            is_hidden = path[1].key == "encoder" and p.ndim == 2  # path: bert, encoder, layer, ...
+            return "hidden" if is_hidden else "rest"
 
         return jax.tree_util.tree_map_with_path(kind, params)
 
@@ -925,11 +929,11 @@ def count_microbatches(batch_size, device_rows):
     return n
 
 
-def make_train_step(graphdef, state, accum, schedule, mask=None):
+def make_train_step(graphdef, state, accum, schedule, mask_fn=None):
     """jit: (state, batch, key of this step) -> (state, metrics). The state is donated.
 
     `graphdef` and `state` are those of (model, optimizer); `accum` microbatches make a step.
-    mask(key, tokens) makes a batch with targets; without it a batch has them.
+    mask_fn(key, tokens) makes a batch with targets; without it a batch has them.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -948,11 +952,11 @@ def make_train_step(graphdef, state, accum, schedule, mask=None):
         def add_microbatch(sums, rows_and_key):
             rows, key = rows_and_key
 
-            def mean_loss(params):
+            def share_of_loss(params):
                 nats, _, _ = loss_sum(nnx.merge(model_def, params), rows, key)
                 return nats / total
 
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params)), None
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(share_of_loss)(params)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         microbatches = (jax.tree.map(cut, batch), jax.random.split(key, accum))
@@ -966,8 +970,8 @@ def make_train_step(graphdef, state, accum, schedule, mask=None):
     def train_step(state, batch, key):
         model, optimizer = nnx.merge(graphdef, state)
         mask_key, dropout_key = jax.random.split(key)
-        if mask is not None:  # all rows at once: the masks are the same with any accum
-            batch = mask(mask_key, batch["tokens"])
+        if mask_fn is not None:  # all rows at once: the masks are the same with any accum
+            batch = mask_fn(mask_key, batch["tokens"])
         loss, grads = gradients(nnx.state(model), batch, dropout_key)
         lr = schedule(optimizer.step[...])
         metrics = {"loss": loss, "lr": lr, "grad_norm": optax.global_norm(grads)}
@@ -1167,7 +1171,7 @@ def embed_file(cfg, model, tokenizer, options):
 
 def mteb_scores(cfg, model, tokenizer, options):
     """{task: main score} of the tasks of --mteb."""
-    with common.asked_for("--mteb"):
+    with common.usage_errors("--mteb"):
         import mteb
         from mteb.models import ModelMeta
         from mteb.models.abs_encoder import AbsEncoder
@@ -1181,7 +1185,7 @@ def mteb_scores(cfg, model, tokenizer, options):
             texts = [text for batch in inputs for text in batch["text"]]
             return embed(model, tokenizer, texts, **options)
 
-    with common.asked_for("--mteb", Exception):  # an unknown name, or what comes of a download
+    with common.usage_errors("--mteb", Exception):  # an unknown name, or what comes of a download
         tasks = mteb.get_tasks(tasks=list(cfg.mteb))
         for task in tasks:
             task.load_data()
@@ -1226,12 +1230,12 @@ def build(cfg, tokenizer, head, classes=None):
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         changes = dict.fromkeys(rates, cfg.dropout or 0.0)
     if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
-        with common.asked_for(f"--resume: {cfg.out_dir}"):
+        with common.usage_errors(f"--resume: {cfg.out_dir}"):
             config = common.read_config(common.snapshot(cfg.out_dir), KINDS, FOLLOWED)
         config.update(changes)
     elif cfg.init_from:
         seed = cfg.seed if cfg.steps else None
-        with common.asked_for(f"--init-from {cfg.init_from}"):
+        with common.usage_errors(f"--init-from {cfg.init_from}"):
             model = from_pretrained(cfg.init_from, classes=classes, seed=seed, **options, **changes)
         known = model.config.vocab_size
         what = f"ids up to {V - 1}, and {cfg.init_from} knows {known}"
@@ -1279,7 +1283,7 @@ def use(cfg):
     """What --prompt, --embed and --mteb ask of the model in --init-from -> {mteb's task: score}."""
     options = {}
     if cfg.embed or cfg.mteb:
-        with common.asked_for(f"--init-from {cfg.init_from}"):
+        with common.usage_errors(f"--init-from {cfg.init_from}"):
             options = embed_options(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.init_from, is_new=False)
     model = build(cfg, tokenizer, cfg.task if cfg.prompt else None)
@@ -1310,23 +1314,23 @@ def main(cfg):
         return use(cfg)
 
     # data: texts to train and to validate on, and the tokenizer
-    texts = open_texts(cfg)
-    documents = texts.first
+    corpus = open_corpus(cfg)
+    documents = corpus.first
     if cfg.task == "classify":
-        documents = (text for text, _ in texts.first)
+        documents = (text for text, _ in corpus.first)
     tokenizer_name = cfg.tokenizer or cfg.init_from or "bpe:2048"
     if cfg.resume:
         tokenizer_name = cfg.out_dir
     tokenizer = load_tokenizer(tokenizer_name, documents, is_new=not cfg.init_from)
     accum = count_microbatches(cfg.batch_size, cfg.device_rows)
     T = cfg.seq_len
-    mask = None
+    mask_fn = None
     if cfg.task == "mlm":
-        mask = partial(mask_tokens, tokenizer=tokenizer, share=cfg.mask_share)
-    val_rows = validation_rows(tokenizer, texts.held_out, T, cfg.batch_size // accum, mask)
+        mask_fn = partial(mask_tokens, tokenizer=tokenizer, share=cfg.mask_share)
+    val_rows = validation_rows(tokenizer, corpus.held_out, T, cfg.batch_size // accum, mask_fn)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
-    model = build(cfg, tokenizer, cfg.task, texts.classes)
+    model = build(cfg, tokenizer, cfg.task, corpus.classes)
     positions = model.config.max_position_embeddings
     tokenizer.model_max_length = positions
     expect(positions >= T, f"--seq-len {T}: the model has {positions} positions")
@@ -1336,25 +1340,25 @@ def main(cfg):
     # Auto: under explicit axes nnx.Embed refuses a cut batch
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
-    train_step = make_train_step(graphdef, state, accum, schedule, mask)
+    train_step = make_train_step(graphdef, state, accum, schedule, mask_fn)
     evaluate = make_evaluate(graphdef, val_rows, mesh)
     if cfg.steps == 0:
         result = evaluate(state)
         figures = [f"{name} {value:.4f}" for name, value in result.items()]
-        print(*figures, f"on {len(texts.held_out)} documents")
+        print(*figures, f"on {len(corpus.held_out)} documents")
         return result
 
     # the run directory, and what a resume must find again
-    facts = texts.facts | {
-        "validation texts": common.digest(texts.held_out),
-        "classes": common.digest(texts.classes),
+    facts = corpus.facts | {
+        "validation texts": common.digest(corpus.held_out),
+        "classes": common.digest(corpus.classes),
         "tokenizer": common.digest(tokenizer.backend_tokenizer.to_str()),
     }
     run = common.RunDir("bert", cfg, MAY_CHANGE, facts, [tokenizer, model.config])
     print(f"run        {run.path}, {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"model      {model.config.model_type},", end=" ")
     print(f"{count_parameters(model) / 1e6:.1f} M parameters, {cfg.dtype}")
-    print(f"data       {cfg.data}, validation on {len(texts.held_out)} documents")
+    print(f"data       {cfg.data}, validation on {len(corpus.held_out)} documents")
     print(f"tokenizer  {tokenizer_name}, {len(tokenizer):,} tokens")
     print(f"step       {cfg.batch_size} rows x {T} tokens, {accum} microbatches, {cfg.optimizer}")
     flops = flops_of_token(model, T, cfg.mask_share)
@@ -1363,7 +1367,7 @@ def main(cfg):
     with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "tokens", cfg.batch_size * T, flops)
-        stream = common.ahead(batches(texts, tokenizer, cfg, position), 128, stop)
+        stream = common.ahead(batches(corpus, tokenizer, cfg, position), 128, stop)
         for batch, position in islice(log.timed(stream), cfg.steps - step):
             batch = common.shard_batch(mesh, batch)  # tokens (B, T)
             state, metrics = train_step(state, batch, jax.random.fold_in(key, step))

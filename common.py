@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import logging
+import lzma
 import math
 import os
 import re
@@ -79,12 +80,12 @@ def expect(condition, message):
 # what the libraries raise where a file is broken or a connection ends, even inside a packed file
 BROKEN = (
     OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pa.ArrowException,
-    SafetensorError, aiohttp.ClientError, *HfHubHTTPError.__bases__,  # that of requests, or httpx
+    SafetensorError, aiohttp.ClientError, lzma.LZMAError, *HfHubHTTPError.__bases__,
 )  # fmt: skip
 
 
 @contextmanager
-def asked_for(where, *more_kinds):
+def usage_errors(where, *more_kinds):
     """Turn what a library says of a file or flag into a UsageError; a slip keeps its traceback."""
     try:
         yield
@@ -110,7 +111,7 @@ def reason(error):
 
 @dataclasses.dataclass
 class RunConfig:
-    """Flags that every script has and that change no number: a resume may change them."""
+    """Flags of every script; a resume may change them, but not the number of processes."""
 
     out_dir: str | None = None  # directory of the run; else the next free out/NAME-001, ...
     resume: bool = False  # go on with the run in out_dir, or with the newest one
@@ -192,15 +193,14 @@ class SafeStream:
 
 def prepare_process():
     """Output that costs no step, no messages of libraries, compiled code that is kept."""
-    sys.stdout = SafeStream(sys.stdout)
-    sys.stderr = SafeStream(sys.stderr)
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     for library in ("datasets", "huggingface_hub", "transformers", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their exceptions say it
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     with suppress(OSError):
         os.makedirs(cache, exist_ok=True)
     if not os.access(cache, os.W_OK):
-        cache = tempfile.mkdtemp()  # even a stream makes a folder there
+        cache = tempfile.mkdtemp()  # a streamed data set makes a folder there, too
         datasets.config.HF_DATASETS_CACHE = cache
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/nanoflax")
@@ -244,7 +244,7 @@ def read_run(out_dir):
     """The run.json of a run directory: its config, and facts that a resume must find again."""
     path = Path(str(out_dir)).expanduser() / "run.json"
     expect(path.exists(), f"--resume: {out_dir} holds no run (no run.json); name one by --out-dir")
-    with asked_for(path):
+    with usage_errors(path):
         return json.loads(path.read_text())
 
 
@@ -259,7 +259,7 @@ def join_processes(cfg):
     is_auto = address == "auto"  # ask SLURM, Open MPI, Kubernetes or the cloud
     options = {"cluster_detection_method": None if is_auto else "deactivate"}
     options["heartbeat_timeout_seconds"] = 30
-    with asked_for(f"--coordinator {address}", RuntimeError):
+    with usage_errors(f"--coordinator {address}", RuntimeError):
         jax.distributed.initialize(None if is_auto else address, *numbers, **options)
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -337,7 +337,7 @@ def open_data(name, configuration=None, revision=None):
         splits = {"train": next(iter(splits.values()))}
     expect("train" in splits, f"has no train split, only {', '.join(splits)}; name its files")
     n = jax.process_count()
-    shards = splits["train"].reshard().num_shards if n > 1 else 1  # it reads parquet's footers
+    shards = splits["train"].reshard().num_shards if n > 1 else 1  # slow: reads footers
     expect(shards >= n, f"has {shards} shards (files, row groups) for {n} processes")
     paths = [file for part in files.values() for file in part]
     commit = re.search(r"@([0-9a-f]{40})/", " ".join(paths))
@@ -451,7 +451,7 @@ def report_bad(bad, seen, what):
 
 
 def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
-    """Yield (records, rng, position) for ever: `size` records of an IterableDataset at a time.
+    """Yield (records, rng, position) for ever: `size` records of a data set, and where they begin.
 
     Each process takes its own shards (files, row groups), in every epoch in another order; with
     seed None all in the files' order, once. Shuffle a window with its `rng`. Begun at a `position`
@@ -468,9 +468,9 @@ def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
                 n = jax.process_count()
                 share = split_dataset_by_node(dataset.reshard(), process, n, strategy="shards")
             if stream is None:
-                if seed is not None:  # orders the shards; epoch 0 would keep the order of the files
+                if seed is not None:  # `datasets` shuffles the shards in every epoch but 0
                     share.set_epoch(1 + 1000 * seed + at["epoch"])
-                share.load_state_dict(at["state"])
+                share.load_state_dict(at["state"])  # None: from the start
                 stream = iter(share)
             records = list(islice(stream, size))
         except broken as error:
@@ -511,11 +511,11 @@ def ahead(items, depth, stop):
 
     An error waits in stop.error, so that all before it is saved; several processes raise it.
     """
-    thread = ThreadPoolExecutor(1, "ahead")
+    thread = ThreadPoolExecutor(1, "ahead")  # `leave` knows it by this name
     ready = deque(thread.submit(next, items, None) for _ in range(depth))
     try:
         while stop.signal is None:
-            if wait([ready[0]], timeout=0.1).done:  # it returns, so that a signal is seen
+            if wait([ready[0]], timeout=0.1).done:  # returns in time to see a signal
                 item = ready.popleft().result()
                 if item is None:
                     raise RunError("the data: an epoch gave no row (too short, or all held out)")
@@ -593,7 +593,7 @@ def snapshot(path, *more):
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    with asked_for(f"{path}: no such folder, nor on the hub"):
+    with usage_errors(f"{path}: no such folder, nor on the hub"):
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", *more]))
 
 
@@ -609,7 +609,7 @@ def read_config(folder, kinds, followed):
     defaults = {"position_embedding_type": "absolute"} | type(config)().to_dict()  # in old files
     for name, default in defaults.items():
         value = getattr(config, name, default)
-        # the second is the problem_type of our heads
+        # or the problem_type that our heads save
         is_followed = name in free or value in (default, "single_label_classification")
         expect(is_followed, f"{name} is {value}, only {default} is supported")
     return config
@@ -653,7 +653,7 @@ def write_pretrained(folder, weights, config, kind, *parts):
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: np.asarray(w, order="C") for name, w in weights.items()}
     fields = config.to_dict() | {"architectures": [kind], "dtype": "float32"}
-    with tempfile.TemporaryDirectory(dir=folder) as made:  # a resume needs them: moved when whole
+    with tempfile.TemporaryDirectory(dir=folder) as made:  # moved when whole: a resume reads them
         save_file(weights, f"{made}/model.safetensors", metadata={"format": "pt"})
         for part in (type(config).from_dict(fields), *parts):
             part.save_pretrained(made)
@@ -685,9 +685,9 @@ class RunDir:
         path = None
         if self.is_first:
             if cfg.wandb:
-                with asked_for(f"--wandb {cfg.wandb}", Exception):
+                with usage_errors(f"--wandb {cfg.wandb}", Exception):
                     importlib.import_module("wandb").login()  # fails without a key, before a run
-            with asked_for(f"--out-dir {cfg.out_dir or 'out'}"):
+            with usage_errors(f"--out-dir {cfg.out_dir or 'out'}"):
                 path = str(self.take(kind, cfg))
         self.path = Path(gather(path)[0])  # the first process chose it
         self.id = f"{self.path.name}-{os.urandom(4).hex()}"  # for W&B, where names recur
@@ -719,7 +719,7 @@ class RunDir:
         if names and not cfg.resume:
             expect("run.json" in names, "not empty and not a run; choose another directory")
             raise UsageError("holds a run; --resume to go on with it, or choose another directory")
-        self.lock = filelock.FileLock(path / "run.lock", is_singleton=True)  # until it is collected
+        self.lock = filelock.FileLock(path / "run.lock", is_singleton=True)  # as long as self lives
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -771,7 +771,7 @@ class Checkpoints:
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = {"state": ocp.args.StandardRestore(like), "position": ocp.args.JsonRestore()}
         advice = "it is damaged or of another model; delete it to go on from the one before"
-        with asked_for(f"--resume: {self.manager.directory / str(step)}: {advice}", Exception):
+        with usage_errors(f"--resume: {self.manager.directory / str(step)}: {advice}", Exception):
             restored = self.manager.restore(step, args=ocp.args.Composite(**args))
         return restored["state"], step, restored["position"][jax.process_index()]
 
@@ -877,7 +877,7 @@ class Log:
 
     def step(self, step, metrics):
         """Note a dispatched step. Its metrics stay on the device until the next is under way."""
-        if self.pending and (step - 1) % self.every == 0:
+        if self.pending and (step - 1) % self.every == 0:  # the line of step - 1
             self.flush()
         self.pending.append((step, metrics))
         self.bar.update()

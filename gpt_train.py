@@ -108,7 +108,7 @@ PRESETS = {
     "gpt2-large": fineweb(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4, device_rows=8, remat=True),
     "gpt2-xl": fineweb(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, device_rows=4, remat=True),
 }
-# where one of these flags is given, a preset's value of the other was not meant for it
+# flag: the preset's value that is void where this flag is given
 FORGET = {"data": "data_name", "init_from": "tokenizer"}
 
 # flags that may change when a run goes on; another would change what its checkpoint means
@@ -122,24 +122,24 @@ MAY_CHANGE = {
 # ---- data: documents -> tokens -> rows -> batches ----
 
 
-class Texts(NamedTuple):
+class Corpus(NamedTuple):
     """What --data and --val-data name."""
 
     train: datasets.IterableDataset
     parse: Callable  # record -> its text; ValueError says why it has none
-    faults: dict  # how `windows` meets those of the data
+    faults: dict  # arguments of common.windows: the errors to reopen after, and how often
     held_out: list  # texts to validate on
     first: Iterator  # the first ones to train on, for a tokenizer
     facts: dict  # what a resume must find again
 
 
-def open_texts(cfg):
+def open_corpus(cfg):
     """Open --data and --val-data, and hold out the texts to validate on. Raises UsageError."""
-    then = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
-    data, parse = open_one("--data", cfg.data, cfg.data_name, then.get("commit"), cfg)
+    old_facts = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
+    data, parse = open_one("--data", cfg.data, cfg.data_name, old_facts.get("commit"), cfg)
     facts = dict(data.facts)
     if cfg.val_data:
-        commit = then.get("val commit")
+        commit = old_facts.get("val commit")
         val_data, val_parse = open_one("--val-data", cfg.val_data, None, commit, cfg)
         facts |= {f"val {name}": fact for name, fact in val_data.facts.items()}
     else:
@@ -155,7 +155,7 @@ def open_texts(cfg):
     one = list(islice(others, 1))
     expect(one or not cfg.steps, f"--val-docs {n}: leaves none to train on; {advice}")
     first = chain(one, islice(others, 10_000))
-    return Texts(
+    return Corpus(
         train=data.splits["train"],
         parse=parse,
         faults=data.faults,
@@ -167,7 +167,7 @@ def open_texts(cfg):
 
 def open_one(flag, name, configuration, commit, cfg):
     """(common.Data, what takes the text out of a record) of what a flag names."""
-    with common.asked_for(f"{flag} {name}"):
+    with common.usage_errors(f"{flag} {name}"):
         files = f"{sysconfig.get_path('stdlib')}/*.py" if name == "stdlib" else name
         data = common.open_data(files, configuration, commit)
         column = common.find_column(data.splits["train"], cfg.text_column, ["text", "txt"], str)
@@ -194,10 +194,11 @@ def text_of(record, column):
     return text
 
 
-def good_records(records, parse, window, bad):
+def good_records(records, parse, place, bad):
     """[parse(record)] of the good ones in a window, and the number of bad ones so far in the run.
 
-    `parse` raises ValueError to say why a record is bad; `bad` of them came before this window.
+    `parse` raises ValueError to say why a record is bad. `place` is where the window begins, and
+    `bad` records came before it.
     """
     good = []
     for i, record in enumerate(records):
@@ -205,16 +206,16 @@ def good_records(records, parse, window, bad):
             good.append(parse(record))
         except ValueError as error:
             bad += 1
-            place = f"record {window['record'] + i:,} of epoch {window['epoch']}"
-            common.report_bad(bad, window["seen"] + i + 1, f"{place}: {common.reason(error)}")
+            what = f"record {place['record'] + i:,} of epoch {place['epoch']}"
+            common.report_bad(bad, place["seen"] + i + 1, f"{what}: {common.reason(error)}")
     return good, bad
 
 
 def texts_in_order(data, split, parse):
     """The texts of a split, once, in the order of the files."""
     bad = 0
-    for records, _, window in common.windows(data.splits[split], 16, seed=None, **data.faults):
-        texts, bad = good_records(records, parse, window, bad)
+    for records, _, place in common.windows(data.splits[split], 16, seed=None, **data.faults):
+        texts, bad = good_records(records, parse, place, bad)
         yield from (text for text in texts if text)
 
 
@@ -228,7 +229,7 @@ def load_tokenizer(name, documents=()):
         expect(is_size, f"--tokenizer {name}: expected bpe:N, N above 256")
         return train_tokenizer(int(size), documents)
     folder = common.snapshot(name)
-    with common.asked_for(f"--tokenizer {name}"):
+    with common.usage_errors(f"--tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         is_fast = tokenizer.is_fast and len(tokenizer) > len(tokenizer.all_special_tokens)
         expect(is_fast, "no fast tokenizer in it (tokenizer.json); name one with --tokenizer")
@@ -259,7 +260,7 @@ def encode(tokenizer, texts, special=False):
     if backend.truncation or backend.padding or backend.encode_special_tokens != (not special):
         backend.no_truncation()  # rarely set: it has to wait while another thread uses it
         backend.no_padding()
-        backend.encode_special_tokens = not special
+        backend.encode_special_tokens = not special  # True there: they are text
     ids = []
     for i in range(0, len(texts), 64):  # an encoding takes 100 bytes a token: never hold many
         for encoding in backend.encode_batch_fast(texts[i : i + 64], add_special_tokens=False):
@@ -300,7 +301,7 @@ def pack(tokenizer, texts, length, rng):
     return rng.permutation(rows)
 
 
-def batches(texts, tokenizer, cfg, position=None):
+def batches(corpus, tokenizer, cfg, position=None):
     """Documents -> tokens -> rows -> batches (B, T + 1), each with the position to go on after it.
 
     B is this process's share. Ends when a whole epoch has no row.
@@ -309,27 +310,28 @@ def batches(texts, tokenizer, cfg, position=None):
     skip = start["row"]  # rows of the first window that were given before
     bad = start["bad_before"]  # bad records before that window
     last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
-    held_out = set(texts.held_out)
+    held_out = set(corpus.held_out)
     batch = []
-    for records, rng, window in common.windows(
-        texts.train,
+    for records, rng, place in common.windows(
+        corpus.train,
         cfg.shuffle_buffer,
         seed=cfg.seed,
         position=start["window"],
-        **texts.faults,
+        **corpus.faults,
     ):
-        if window["epoch"] > last_epoch + 1:  # `window` is the place where these records begin
+        if place["epoch"] > last_epoch + 1:  # a whole epoch gave no row, nor will the next
             return
         bad_before = bad
-        documents, bad = good_records(records, texts.parse, window, bad)
+        documents, bad = good_records(records, corpus.parse, place, bad)
         documents = [text for text in documents if text and text not in held_out]
         rows = pack(tokenizer, documents, cfg.seq_len + 1, rng)
         for i in range(skip, len(rows)):
-            last_epoch = window["epoch"]
+            last_epoch = place["epoch"]
             batch.append(rows[i])
             if len(batch) == cfg.batch_size // jax.process_count():
-                place = {"window": window, "row": i + 1, "bad_before": bad_before, "bad": bad}
-                yield np.stack(batch), place
+                # a resume parses this window again and counts from bad_before; bad is for the log
+                position = {"window": place, "row": i + 1, "bad_before": bad_before, "bad": bad}
+                yield np.stack(batch), position
                 batch = []
         skip = 0
 
@@ -403,14 +405,14 @@ class Attention(nnx.Module):
         k = k.reshape(B, T, self.n_head, -1)
         v = v.reshape(B, T, self.n_head, -1)
         mask = jnp.tri(T, dtype=bool)  # each token sees itself and those before it
-        is_decoding = cache is not None
-        if is_decoding:  # put these keys and values beside those of the S tokens so far
+        has_cache = cache is not None
+        if has_cache:  # of S places; a query sees those up to its pos, so never a prompt's padding
             rows = jnp.arange(B)[:, None]
             k = cache[0].at[rows, pos].set(k)  # (B, S, H, D)
             v = cache[1].at[rows, pos].set(v)
             mask = jnp.arange(k.shape[1]) <= pos[:, None, :, None]  # (B, 1, T, S)
             cache = (k, v)
-        y = self.attend(q, k, v, mask, attn_key, is_causal=not is_decoding)
+        y = self.attend(q, k, v, mask, attn_key, is_causal=not has_cache)
         y = self.c_proj(y.reshape(B, T, C))
         return dropout(y, self.resid_pdrop, resid_key), cache
 
@@ -470,8 +472,8 @@ class GPT(nnx.Module):
         self.remat = remat
         C = config.n_embd
         V = round_up(config.vocab_size, 128)  # whole tiles; the padding is never seen outside
-        # in float32: bfloat16 cannot hold the summed gradient of a frequent token
         init = nnx.initializers.normal(0.02)
+        # without dtype, in float32: bfloat16 cannot hold the summed gradient of a frequent token
         self.wte = nnx.Embed(V, C, embedding_init=init, rngs=rngs)
         self.wpe = nnx.Embed(config.n_positions, C, embedding_init=init, rngs=rngs)
         self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
@@ -664,19 +666,19 @@ def make_train_step(graphdef, state, accum, schedule):
     )
     def gradients(params, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        total = jax.lax.psum(jnp.sum(tokens[:, 1:] >= 0), "data")  # targets of the whole step
+        total = jax.lax.psum(jnp.sum(tokens[:, 1:] >= 0), "data")  # targets of the step, here all
         # (rows of this device, T + 1) -> (accum, rows of a microbatch, T + 1)
         microbatches = tokens.reshape(-1, accum, tokens.shape[1]).swapaxes(0, 1)
 
         def add_microbatch(sums, rows_and_key):
             rows, key = rows_and_key
 
-            def mean_loss(params):
+            def share_of_loss(params):
                 model = nnx.merge(model_def, params)
                 nats, _ = loss_sum(model, rows[:, :-1], rows[:, 1:], key)
                 return nats / total
 
-            loss_and_grads = jax.value_and_grad(mean_loss)(params)
+            loss_and_grads = jax.value_and_grad(share_of_loss)(params)
             return jax.tree.map(jnp.add, sums, loss_and_grads), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -697,7 +699,7 @@ def make_train_step(graphdef, state, accum, schedule):
 
 
 def make_evaluate(graphdef, rows, tokens_per_byte, mesh):
-    """state -> {"val_loss": nats a token, "val_bpb": bits a byte} over every target of the rows."""
+    """state -> {"val_loss": nats a token, "val_bpb": bits a byte} of `rows` (inputs, targets)."""
 
     @jax.jit
     def eval_step(state, tokens, targets):
@@ -771,31 +773,31 @@ def generate(
     lengths = jnp.full(B, T) if lengths is None else jnp.asarray(lengths)
     fill = 0 if eos is None else eos
 
-    def add_token(text, x):
+    def add_token(state, x):
         """Draw the next token of each row, from the hidden state (B, C) before it."""
         logits = model.head(x)
-        new = sample(jax.random.fold_in(key, text.n), logits, temperature, top_k, top_p)
-        new = jnp.where(text.done, fill, new)
-        tokens = text.tokens.at[jnp.arange(B), lengths + text.n].set(new)
-        return Decoding(text.n + 1, tokens, text.done | (new == eos), text.caches)
+        new = sample(jax.random.fold_in(key, state.n), logits, temperature, top_k, top_p)
+        new = jnp.where(state.done, fill, new)
+        tokens = state.tokens.at[jnp.arange(B), lengths + state.n].set(new)
+        return Decoding(state.n + 1, tokens, state.done | (new == eos), state.caches)
 
-    def step(text):
-        pos = (lengths + text.n - 1)[:, None]  # (B, 1)
-        last = jnp.take_along_axis(text.tokens, pos, axis=1)
-        x, caches = model.hidden(last, caches=text.caches, pos=pos)
-        return add_token(text._replace(caches=caches), x[:, 0])
+    def step(state):
+        pos = (lengths + state.n - 1)[:, None]  # (B, 1)
+        last = jnp.take_along_axis(state.tokens, pos, axis=1)
+        x, caches = model.hidden(last, caches=state.caches, pos=pos)
+        return add_token(state._replace(caches=caches), x[:, 0])
 
-    def is_going_on(text):
-        return (text.n < max_new_tokens) & ~text.done.all()
+    def is_going_on(state):
+        return (state.n < max_new_tokens) & ~state.done.all()
 
     empty = jnp.zeros((B, S, config.n_head, config.n_embd // config.n_head), model.dtype)
     caches = [(empty, empty) for _ in model.h]
-    x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])  # padding is masked
+    x, caches = model.hidden(tokens, caches=caches, pos=jnp.arange(T)[None])
     padded = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, max_new_tokens)))
     padded = jnp.where(jnp.arange(S) < lengths[:, None], padded, fill)
-    text = Decoding(0, padded, jnp.zeros(B, bool), caches)
-    text = add_token(text, x[jnp.arange(B), lengths - 1])
-    return jax.lax.while_loop(is_going_on, step, text).tokens
+    state = Decoding(0, padded, jnp.zeros(B, bool), caches)
+    state = add_token(state, x[jnp.arange(B), lengths - 1])
+    return jax.lax.while_loop(is_going_on, step, state).tokens
 
 
 def encode_prompts(tokenizer, texts, positions):
@@ -866,13 +868,14 @@ def build(cfg, tokenizer):
     if cfg.dropout is not None or not cfg.init_from:
         changes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), cfg.dropout or 0.0)
     if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
-        with common.asked_for(f"--resume: {cfg.out_dir}"):
+        with common.usage_errors(f"--resume: {cfg.out_dir}"):
             config = common.read_config(common.snapshot(cfg.out_dir), [GPT2Config], FOLLOWED)
         config.update(changes)
     elif cfg.init_from:
-        with common.asked_for(f"--init-from {cfg.init_from}"):
+        with common.usage_errors(f"--init-from {cfg.init_from}"):
             model = from_pretrained(cfg.init_from, **options, **changes)
         known = model.config.vocab_size
+        # the ids of bytes fit every vocabulary, and mean nothing in another
         fits = known == V if cfg.tokenizer == "byte" else known >= V
         name = cfg.tokenizer or cfg.init_from
         expect(fits, f"--tokenizer {name}: ids up to {V - 1}, and {cfg.init_from} knows {known}")
@@ -919,15 +922,15 @@ def main(cfg):
         return sample_only(cfg, sample_key)
 
     # data: texts to train and to validate on, and the tokenizer
-    texts = open_texts(cfg)
+    corpus = open_corpus(cfg)
     tokenizer_name = cfg.tokenizer or cfg.init_from or "bpe:4096"
     if cfg.resume:
         tokenizer_name = cfg.out_dir
-    tokenizer = load_tokenizer(tokenizer_name, texts.first)
+    tokenizer = load_tokenizer(tokenizer_name, corpus.first)
     accum = count_microbatches(cfg.batch_size, cfg.device_rows)
     T = cfg.seq_len
-    val_rows = validation_rows(tokenizer, texts.held_out, T, cfg.batch_size // accum)
-    tokens_per_byte = np.sum(val_rows[1] >= 0) / sum(len(text.encode()) for text in texts.held_out)
+    val_rows = validation_rows(tokenizer, corpus.held_out, T, cfg.batch_size // accum)
+    tokens_per_byte = np.sum(val_rows[1] >= 0) / sum(len(text.encode()) for text in corpus.held_out)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model = build(cfg, tokenizer)
@@ -946,18 +949,18 @@ def main(cfg):
     if cfg.steps == 0:
         result = evaluate(state)
         figures = [f"{name} {value:.4f}" for name, value in result.items()]
-        print(*figures, f"on {len(texts.held_out)} documents")
+        print(*figures, f"on {len(corpus.held_out)} documents")
         return result
 
     # the run directory, and what a resume must find again
-    facts = texts.facts | {
-        "validation texts": common.digest(texts.held_out),
+    facts = corpus.facts | {
+        "validation texts": common.digest(corpus.held_out),
         "tokenizer": common.digest(tokenizer.backend_tokenizer.to_str()),
     }
     run = common.RunDir("gpt", cfg, MAY_CHANGE, facts, [tokenizer, model.config])
     print(f"run        {run.path}, {jax.device_count()} x {jax.devices()[0].device_kind}")
     print(f"model      GPT-2, {count_parameters(model) / 1e6:.1f} M parameters, {cfg.dtype}")
-    print(f"data       {cfg.data}, validation on {len(texts.held_out)} documents")
+    print(f"data       {cfg.data}, validation on {len(corpus.held_out)} documents")
     size = f"{len(tokenizer):,} tokens of {1 / tokens_per_byte:.2f} bytes"
     print(f"tokenizer  {tokenizer_name}, {size}")
     print(f"step       {cfg.batch_size} rows x {T} tokens, {accum} microbatches, {cfg.optimizer}")
@@ -967,7 +970,7 @@ def main(cfg):
     with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "tokens", cfg.batch_size * T, flops)
-        stream = common.ahead(batches(texts, tokenizer, cfg, position), 128, stop)
+        stream = common.ahead(batches(corpus, tokenizer, cfg, position), 128, stop)
         for tokens, position in islice(log.timed(stream), cfg.steps - step):
             tokens = common.shard_batch(mesh, tokens)  # (B, T + 1)
             state, metrics = train_step(state, tokens, jax.random.fold_in(key, step))

@@ -114,7 +114,7 @@ PRESETS = {
         "momentum": 0.875, "weight_decay": 2**-15, "eval_every": 6_255, "ckpt_every": 1_251,
     },
 }  # fmt: skip
-# where one of these flags is given, a preset's value of the other was not meant for it
+# flag: the preset's value that is void where this flag is given
 FORGET = {"data": "data_name"}
 
 # flags that may change when a run goes on; another would change what its checkpoint means
@@ -132,7 +132,7 @@ class Split(NamedTuple):
 
     dataset: datasets.IterableDataset
     parse: Callable  # (record, classes) -> name, bytes and label of a picture, or BadPicture
-    faults: dict  # how `windows` meets those of the data
+    faults: dict  # arguments of common.windows: the errors to reopen after, and how often
 
 
 class Pictures(NamedTuple):
@@ -141,18 +141,18 @@ class Pictures(NamedTuple):
     train: Split
     val: Split  # to validate on
     val_every: int  # where both are one split, one picture in so many is held out; else 0
-    classes: list  # their names; [] where labels are bare numbers
+    classes: list  # their names; [] until main takes those of --init-from
     facts: dict  # what a resume must find again
 
 
-def open_splits(cfg):
+def open_pictures(cfg):
     """The Pictures of --data and --val-data. Raises UsageError."""
-    then = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
-    commit = then.get("commit")
+    old_facts = common.read_run(cfg.out_dir)["facts"] if cfg.resume else {}
+    commit = old_facts.get("commit")
     splits, facts, classes = open_one("--data", cfg.data, cfg.data_name, commit, cfg)
     val_splits = splits
     if cfg.val_data:
-        commit = then.get("val commit")
+        commit = old_facts.get("val commit")
         val_splits, more, others = open_one("--val-data", cfg.val_data, None, commit, cfg)
         why = f"its classes are {brief(others)}; those of --data are {brief(classes)}"
         expect(others == classes, f"--val-data {cfg.val_data}: {why}")
@@ -175,24 +175,24 @@ def open_splits(cfg):
 
 def open_one(flag, name, configuration, commit, cfg):
     """({its name: Split}, facts for a resume, names of the classes) of what a flag names."""
-    with common.asked_for(f"{flag} {name}"):
+    with common.usage_errors(f"{flag} {name}"):
         folder = os.path.expanduser(name).rstrip("/")
         files = find_pictures(folder)
         if name == "digits" and not configuration:
             data = open_digits()
         elif files and not configuration:
-            data = open_pictures(folder, files)
+            data = open_folder(folder, files)
         else:
             data = common.open_data(name, configuration, commit)
         splits = {split: undecoded(dataset) for split, dataset in data.splits.items()}
         train = splits["train"]
         usual = ["image", "img", "jpg", "png", "jpeg", "webp"]
-        image = find_column(train, cfg.image_column, datasets.Image, usual)
+        image = find_picture_column(train, cfg.image_column, datasets.Image, usual)
         usual = ["label", "labels", "cls", "class"]
-        label = find_column(train, cfg.label_column, datasets.ClassLabel, usual)
+        label = find_picture_column(train, cfg.label_column, datasets.ClassLabel, usual)
     parse = partial(parse_record, image_column=image, label_column=label)
     for split, dataset in splits.items():
-        if dataset.column_names:  # unknown of files of text
+        if dataset.column_names:  # unknown of lines of JSON
             dataset = dataset.select_columns([image, label])
         splits[split] = Split(dataset, parse, data.faults)
     classes = getattr((train.features or {}).get(label), "names", [])
@@ -207,7 +207,7 @@ def undecoded(dataset):
     return dataset
 
 
-def find_column(dataset, asked, kind, usual):
+def find_picture_column(dataset, asked, kind, usual):
     """The column `asked` for, else the only one of the type `kind`, else one with a usual name."""
     features = dataset.features or {}
     typed = [name for name, feature in features.items() if isinstance(feature, kind)]
@@ -247,13 +247,13 @@ def find_pictures(folder):
 SPLITS = {name: str(split) for split, names in SPLIT_KEYWORDS.items() for name in names}
 
 
-def open_pictures(folder, files):
+def open_folder(folder, files):
     """The picture `files` of a folder: train/CLASS/a.jpg, val/CLASS/b.jpg ..., or CLASS/a.jpg.
 
     Each is a shard, so that an epoch is a permutation of all. (Streamed, datasets' imagefolder is
     one shard, in the order of the classes.)
     """
-    roots = {}  # what holds the class folders: the split that it is
+    roots = {}  # folder of class folders: its split
     for name in os.listdir(folder):
         if name in SPLITS:
             roots[f"{folder}/{name}"] = SPLITS[name]
@@ -283,7 +283,8 @@ def open_pictures(folder, files):
         splits[split] = datasets.IterableDataset.from_generator(
             read_pictures, features=features, gen_kwargs=part
         )
-    return common.Data(splits, {"files": common.digest(files)}, faults={})
+    names = [os.path.relpath(file, folder) for file in files]  # the folder may move
+    return common.Data(splits, {"files": common.digest(names)}, faults={})
 
 
 def read_pictures(files, labels):
@@ -317,7 +318,7 @@ def parse_record(record, classes, image_column, label_column):
 
 
 # what Pillow raises for a broken file
-BROKEN = (
+BROKEN_PICTURE = (
     OSError, EOFError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError,
     ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -342,7 +343,7 @@ def open_image(name, data, at_least=1 << 16):
         return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise BadPicture(f"{name}: in no format that Pillow knows") from error
-    except BROKEN as error:
+    except BROKEN_PICTURE as error:
         raise BadPicture(f"{name}: {common.reason(error)}") from error
 
 
@@ -379,11 +380,15 @@ def training_crop(image, size, cfg, seed):
     return pixels
 
 
+def is_held_out(data, every):
+    """Whether a picture is one of the `every`th, to validate on; so are its copies."""
+    return every > 0 and zlib.crc32(data) % every == 0
+
+
 def make_row(record, pictures, size, cfg, seed):
     """(training crop, label) of a record, None where it is held out. Raises BadPicture."""
     name, data, label = pictures.train.parse(record, pictures.classes)
-    every = pictures.val_every
-    if every and zlib.crc32(data) % every == 0:  # and so are its copies
+    if is_held_out(data, pictures.val_every):
         return None
     image = open_image(name, data, at_least=4 * size)
     return training_crop(image, size, cfg, seed), label
@@ -398,59 +403,58 @@ def batches(pictures, size, cfg, position=None):
     start = position or {"window": None, "row": 0, "bad": 0}
     skip = start["row"]  # rows of the first window that were met before
     bad = start["bad"]  # bad ones until then
-    epoch = start["window"]["epoch"] if position else -1  # of the last row so far
+    last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
     B = cfg.batch_size // jax.process_count()
     batch = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for records, rng, window in common.windows(
+        for records, rng, place in common.windows(
             pictures.train.dataset,
             cfg.shuffle_buffer,
             seed=cfg.seed,
             position=start["window"],
             **pictures.train.faults,
         ):
-            if window["epoch"] > epoch + 1:
-                return  # the epoch between gave no row
+            if place["epoch"] > last_epoch + 1:  # a whole epoch gave no row, nor will the next
+                return
             seeds = rng.integers(2**63, size=len(records))
             order = rng.permutation(len(records))
             for first in range(skip, len(order), B):  # a whole window, decoded, is too large
                 chunk = order[first : first + B]
                 futures = [
-                    pool.submit(make_row, records[i], pictures, size, cfg, seeds[i]) for i in chunk
+                    pool.submit(make_row, records[r], pictures, size, cfg, seeds[r]) for r in chunk
                 ]
                 for i, future in enumerate(futures, first):  # i: a place in `order`, as `skip` is
                     try:
                         row = future.result()
                         if row is not None:  # else it is held out
                             batch.append(row)
-                            epoch = window["epoch"]
+                            last_epoch = place["epoch"]
                     except BadPicture as error:
                         bad += 1
-                        n = window["record"] + order[i]
-                        what = f"record {n:,} of epoch {window['epoch']}: {error}"
-                        common.report_bad(bad, window["seen"] + i + 1, what)
+                        n = place["record"] + order[i]
+                        what = f"record {n:,} of epoch {place['epoch']}: {error}"
+                        common.report_bad(bad, place["seen"] + i + 1, what)
                     if len(batch) == B:
                         images, labels = zip(*batch)
-                        place = {"window": window, "row": i + 1, "bad": bad}
-                        yield (np.stack(images), np.array(labels, np.int32)), place
+                        position = {"window": place, "row": i + 1, "bad": bad}
+                        yield (np.stack(images), np.array(labels, np.int32)), position
                         batch = []
             skip = 0
 
 
 def validation_rows(pictures, view):
     """The pictures to validate on, (S, S, 3) uint8, each once, and their labels."""
-    every = pictures.val_every
 
     def view_row(record):
         name, data, label = pictures.val.parse(record, pictures.classes)
-        if every and zlib.crc32(data) % every > 0:
+        if pictures.val_every and not is_held_out(data, pictures.val_every):
             return None
         return view.pixels(open_image(name, data)), label
 
     bad = 0
     windows = common.windows(pictures.val.dataset, 64, seed=None, **pictures.val.faults)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for records, _, window in windows:
+        for records, _, place in windows:
             futures = [pool.submit(view_row, record) for record in records]
             for i, future in enumerate(futures):
                 try:
@@ -459,7 +463,7 @@ def validation_rows(pictures, view):
                         yield row
                 except BadPicture as error:
                     bad += 1
-                    n = window["record"] + i
+                    n = place["record"] + i
                     common.report_bad(bad, n + 1, f"record {n:,} to validate on: {error}")
 
 
@@ -468,6 +472,7 @@ class View:
 
     def __init__(self, processor):
         self.processor = processor
+        # two plain pictures tell slope and offset, a ramp whether the processor does more than that
         black = self.look(Image.new("RGB", (48, 32), "black"))  # (3, S, S)
         white = self.look(Image.new("RGB", (32, 48), "white"))
         S = black.shape[-1]
@@ -501,7 +506,7 @@ class View:
 def read_view(folder, size=None):
     """The view in a model's folder, or transformers' default for a ResNet; `size` is another S."""
     # what transformers raises for settings that it does not know
-    with common.asked_for("preprocessor_config.json", LookupError, TypeError, AttributeError):
+    with common.usage_errors("preprocessor_config.json", LookupError, TypeError, AttributeError):
         names = ("preprocessor_config.json", "processor_config.json")
         if any((folder / name).exists() for name in names):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -597,7 +602,9 @@ class Block(nnx.Module):
         else:
             C = C_out // 4
             self.layer.append(ConvNorm(C_in, C, 1, 1, dtype, rngs))
-            self.layer.append(ConvNorm(C, C, 3, stride, dtype, rngs))  # v1: stride in the first
+            self.layer.append(
+                ConvNorm(C, C, 3, stride, dtype, rngs)
+            )  # v1.5; in v1 the first has the stride
             self.layer.append(ConvNorm(C, C_out, 1, 1, dtype, rngs, scale=0.0))
         changes = C_in != C_out or stride > 1
         self.shortcut = ConvNorm(C_in, C_out, 1, stride, dtype, rngs) if changes else None
@@ -665,7 +672,7 @@ FOLLOWED = {
     "stage_names",
 }  # fmt: skip
 HEAD = ("classifier.1.weight", "classifier.1.bias")  # whose classes may be others
-LEAST_SIZE = {"imagenet": 32, "cifar": 8}  # by the stem: it and the stages divide S by so much
+LEAST_SIZE = {"imagenet": 32, "cifar": 8}  # {stem: what the stem and the stages divide S by}
 
 
 def label_names(classes):
@@ -690,7 +697,7 @@ def match_classes(theirs, classes):
     They are matched by name; or by place, where one side just counts them or at most 1 % of the
     names differ (models of ImageNet call two classes crane). Else the places are None.
     """
-    if sorted(theirs) == sorted(set(classes)):
+    if sorted(theirs) == sorted(set(classes)):  # a name that recurs cannot be matched
         return [theirs.index(name) for name in classes], classes
     n = len(classes)
     counts = ([str(i) for i in range(n)], [f"LABEL_{i}" for i in range(n)])
@@ -736,7 +743,7 @@ def from_pretrained(path, *, classes=None, new_head=False, size=None, seed=0, **
         return ResNet(config, view, **options, rngs=nnx.Rngs(seed))
 
     if places:
-        model = nnx.eval_shape(create)
+        model = nnx.eval_shape(create)  # nothing is drawn: every parameter comes from the files
         may_lack = ()
     else:
         why = f"its classes are {brief(theirs)}; those of the data are {brief(names)}"
@@ -847,7 +854,7 @@ def make_optimizer(cfg, schedule):
     def is_decayed(params):  # convolutions and the head, not biases and norms
         return jax.tree.map(lambda p: p.ndim >= 2, params)
 
-    # of the same form without, so that a run can go on with another --grad-clip
+    # identity has the state of a clip, so that a resume may change --grad-clip
     clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
     decay = optax.add_decayed_weights(cfg.weight_decay, is_decayed)
     sgd = optax.sgd(schedule, momentum=cfg.momentum, nesterov=True)
@@ -855,7 +862,10 @@ def make_optimizer(cfg, schedule):
 
 
 def gradients(loss_fn, params, stats, batch, accum):
-    """(batch norm's statistics after the last microbatch, (loss, gradients) summed over all)."""
+    """(batch norm's statistics after the last microbatch, (loss, gradients) summed over all).
+
+    loss_fn is the mean of a microbatch over `accum`, so that the sum is the mean of the batch.
+    """
     loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
 
     def add_microbatch(carry, rows_and_key):
@@ -893,9 +903,9 @@ def make_train_step(graphdef, state, accum, cfg, schedule):
         options["xla_cpu_experimental_ynn_fusion_type"] = kinds
 
     def loss_fn(params, stats, images, labels, key):
-        model = nnx.merge(model_def, params, stats, copy=True)
+        model = nnx.merge(model_def, params, stats, copy=True)  # batch norm writes into its stats
         loss = mean_loss(model, images, labels, cfg, key)
-        return loss / accum, nnx.state(model, nnx.BatchStat)  # `gradients` sums accum of these
+        return loss / accum, nnx.state(model, nnx.BatchStat)
 
     @partial(
         jax.jit,
@@ -998,7 +1008,7 @@ def predict_only(cfg):
     names = class_names(model.config)
     classify = nnx.jit(lambda model, images: jax.nn.softmax(model(images)))
     for name in cfg.predict:
-        with common.asked_for("--predict"):
+        with common.usage_errors("--predict"):
             data = Path(name).expanduser().read_bytes()
             image = open_image(name, data)
         pixels = model.view.pixels(image)  # (S, S, 3)
@@ -1038,16 +1048,16 @@ def build(cfg, classes):
     """The model to start from: that of --init-from, whose sizes it has, or a new one."""
     options = {"dropout": cfg.dropout, "dtype": cfg.dtype, "remat": cfg.remat}
     if cfg.resume and common.newest_step(cfg.out_dir) >= 0:  # needs no --init-from
-        with common.asked_for(f"--resume: {cfg.out_dir}"):
+        with common.usage_errors(f"--resume: {cfg.out_dir}"):
             folder = common.snapshot(cfg.out_dir)
             config = common.read_config(folder, [transformers.ResNetConfig], FOLLOWED)
             view = read_view(folder)
         model = ResNet(config, view, **options, rngs=nnx.Rngs(cfg.seed))
     elif cfg.init_from:
         options |= {"classes": classes, "new_head": cfg.steps > 0, "size": cfg.image_size}
-        with common.asked_for(f"--init-from {cfg.init_from}"):
+        with common.usage_errors(f"--init-from {cfg.init_from}"):
             model = from_pretrained(cfg.init_from, **options, seed=cfg.seed)
-    else:  # not in one jit, as GPT is made: it would compile far longer
+    else:  # not in one jit, which would compile far longer
         config, view = describe(cfg, classes)
         model = ResNet(config, view, **options, rngs=nnx.Rngs(cfg.seed))
     S = model.view.size
@@ -1101,14 +1111,14 @@ def main(cfg):
     key = jax.random.key(cfg.seed)
 
     # data: pictures to train and to validate on
-    pictures = open_splits(cfg)
+    pictures = open_pictures(cfg)
     accum = count_microbatches(cfg.batch_size, cfg.device_rows)
 
     # model and optimizer, split once: their arrays are the state that the steps hand on
     model = build(cfg, pictures.classes)
     S = model.view.size
     names = class_names(model.config)
-    pictures = pictures._replace(classes=names)  # of bare numbers, a larger one is a bad record
+    pictures = pictures._replace(classes=names)  # a label beyond them is a bad record
     found = next(validation_rows(pictures, model.view), None)
     expect(found, "no picture to validate on; give --val-data, or a lower --val-every")
     schedule = make_schedule(cfg)
@@ -1136,13 +1146,13 @@ def main(cfg):
     flops = flops_of_image(graphdef, state, S)
     del model, optimizer, average  # else the first device would keep its own whole copy
     # a window of pictures comes in a burst: up to 2 GB of them wait for the device
-    size = cfg.batch_size * S * S * 3  # bytes of a batch
-    depth = int(np.clip(2e9 / size, 2, 128))
+    batch_bytes = cfg.batch_size * S * S * 3
+    n_ahead = int(np.clip(2e9 / batch_bytes, 2, 128))
 
     with common.Checkpoints(run.path / "ckpt", cfg.keep) as checkpoints, common.Stop() as stop:
         state, step, position = checkpoints.restore(state)
         log = common.Log(run, cfg, step, "images", cfg.batch_size, flops)
-        stream = common.ahead(batches(pictures, S, cfg, position), depth, stop)
+        stream = common.ahead(batches(pictures, S, cfg, position), n_ahead, stop)
         for batch, position in islice(log.timed(stream), cfg.steps - step):
             images, labels = common.shard_batch(mesh, batch)  # (B, S, S, 3) and (B,)
             state, metrics = train_step(state, images, labels, jax.random.fold_in(key, step))
@@ -1152,7 +1162,9 @@ def main(cfg):
                 with log.paused():
                     try:
                         figures, examples = evaluate(state)
-                    except common.RunError as error:  # of the data: save, and raise it then
+                    except common.RunError as error:  # of the data: raised at the end, by stop.exit
+                        if jax.process_count() > 1:  # the others do not know of it
+                            raise
                         stop.error = error
                         break
                     if run.is_first:

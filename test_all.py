@@ -1477,7 +1477,7 @@ def test_resnet_batches_count_corrupt_pictures_and_go_on_after_every_one(capfd):
     for i in range(40):  # every dark picture recurs, with another label
         shutil.copy(f"a/dark/{i}.png", f"a/light/again{i}.png")
     cfg = resnet_stream.Config(data="a", val_every=4, crop_pad=0)
-    pictures = resnet_stream.open_splits(cfg)
+    pictures = resnet_stream.open_pictures(cfg)
     rows = resnet_stream.validation_rows(pictures, tiny_view(8, 1))
     held = [image.tobytes() for image, _ in rows]
     n = 120 - len(held)  # pictures to train on
@@ -1898,7 +1898,7 @@ def test_splits_columns_and_configurations_are_found(tmp_path):
         found = [documents(name, split=split)[0] for split in ("train", "test")]
         assert found == [["train"], ["test"]], name
     cfg = gpt_train.Config(data="folders", val_docs=1)
-    assert gpt_train.open_texts(cfg).held_out == ["test"], "validation is on it"
+    assert gpt_train.open_corpus(cfg).held_out == ["test"], "validation is on it"
     for pattern in ("folders/train/*.parquet", "*/train/*.txt", "documents/**/*.txt"):
         assert documents(pattern)[0][-1] == "train", "a glob names the files to train on"
 
@@ -2114,7 +2114,7 @@ def test_batches_go_on_after_every_one_with_exact_counts_and_never_hold_what_is_
     write({f"d/{i}.jsonl": "\n".join(records[100 * i : 100 * i + 100]) + "\n" for i in (0, 1)})
     small = dict(data="d", val_docs=2, seq_len=15, batch_size=4 * world, shuffle_buffer=16)
     cfg = script.Config(**flags | small)
-    opened = script.open_texts(cfg)
+    opened = script.open_corpus(cfg)
     if script is gpt_train:
         tokenizer = gpt_train.load_tokenizer("byte")
     capfd.readouterr()
@@ -2512,13 +2512,13 @@ def slipping():
 
 
 def test_slip_in_a_generator_shows_its_line_and_what_was_trained_is_saved(typed, monkeypatch):
-    opened = gpt_train.open_texts
+    opened = gpt_train.open_corpus
 
-    def open_texts(cfg):
+    def open_corpus(cfg):
         dataset = datasets.IterableDataset.from_generator(slipping)
         return opened(cfg)._replace(train=dataset)
 
-    monkeypatch.setattr(gpt_train, "open_texts", open_texts)
+    monkeypatch.setattr(gpt_train, "open_corpus", open_corpus)
     args = GPT | dict(shuffle_buffer=10, batch_size=8, device_rows=8, steps=1000, eval_every=1000)
     _, err = typed(gpt_train, **args | dict(ckpt_every=1000), out_dir="a", code=1)
     assert 'yield {"text": "here is a slip: " + 41}' in err
@@ -2769,7 +2769,7 @@ def test_two_processes_train_together_and_a_kill_or_a_signal_to_one_changes_noth
 
     # one process that trains on the rows of both has the same losses
     cfg = gpt_train.Config(**TOGETHER)
-    texts = gpt_train.open_texts(cfg)
+    texts = gpt_train.open_corpus(cfg)
     tokenizer = gpt_train.load_tokenizer("byte")
     model = gpt_train.build(cfg, tokenizer)
     state, step, _ = make_step(gpt_train, model, **TOGETHER)
