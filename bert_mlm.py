@@ -209,6 +209,8 @@ def open_one(flag, name, configuration, commit, cfg):
 
 def text_of(record, column):
     """The text in a record, "" of an empty one. ValueError says why it has none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is {str(record)[:40]}, expected a dict")
     if common.BAD in record:
         raise ValueError(record[common.BAD])
     if record and column not in record:
@@ -932,7 +934,7 @@ def count_microbatches(batch_size, device_rows):
 def make_train_step(graphdef, state, accum, schedule, mask_fn=None):
     """jit: (state, batch, key of this step) -> (state, metrics). The state is donated.
 
-    `graphdef` and `state` are those of (model, optimizer); `accum` microbatches make a step.
+    `graphdef` and sharded `state` are of (model, optimizer); `accum` microbatches make a step.
     mask_fn(key, tokens) makes a batch with targets; without it a batch has them.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -1337,7 +1339,7 @@ def main(cfg):
     schedule = make_schedule(cfg)
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
-    # Auto: under explicit axes nnx.Embed refuses a cut batch
+    # Auto: under explicit axes nnx.Embed and shard_map refuse a cut batch
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, accum, schedule, mask_fn)

@@ -226,7 +226,7 @@ def parse_flags(kind, Config, presets, doc, forget):
         out_dir = known.out_dir or runs[-1].parent
         defaults = read_run(out_dir)["config"] | {"out_dir": str(out_dir)}
         others = sorted(defaults.keys() - Config.__dataclass_fields__.keys())
-        expect(not others, f"--resume: {out_dir} is a run of another script, with {others}")
+        expect(not others, f"--resume: {out_dir} is of another script or version, with {others}")
         defaults |= {name: tuple(x) for name, x in defaults.items() if isinstance(x, list)}
     cfg = tyro.cli(Config, default=Config(**defaults), description=doc)
     for name, value in vars(cfg).items():
@@ -429,7 +429,7 @@ def digest(value):
 
 def find_column(dataset, asked, usual, kind=object):
     """The column `asked` for, else the first of the `usual` names that there is, of a `kind`."""
-    records = list(islice(dataset, 10))
+    records = [record for record in islice(dataset, 10) if isinstance(record, dict)]
     names = list(dict.fromkeys(name for record in records for name in record if name != BAD))
     expect(names, "no records in it, or none of the first ones can be read")
     for name in [asked] if asked else usual:
@@ -451,11 +451,11 @@ def report_bad(bad, seen, what):
 
 
 def windows(dataset, size, *, seed, position=None, broken=(), retries=0):
-    """Yield (records, rng, position) for ever: `size` records of a data set, and where they begin.
+    """Yield (records, rng, position) for ever: `size` of an IterableDataset, and where they begin.
 
     Each process takes its own shards (files, row groups), in every epoch in another order; with
-    seed None all in the files' order, once. Shuffle a window with its `rng`. Begun at a `position`
-    (JSON) it yields that window again, and on. After a `broken` error the data are reopened.
+    seed None all in the files' order, once. Shuffle a window with its `rng`. Given a `position` of
+    the same size and seed it goes on with that window. After a `broken` error it reopens the data.
     """
     at = position or {"epoch": 0, "record": 0, "seen": 0, "state": None}
     process = jax.process_index()
@@ -770,7 +770,7 @@ class Checkpoints:
             return state, 0, None
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = {"state": ocp.args.StandardRestore(like), "position": ocp.args.JsonRestore()}
-        advice = "it is damaged or of another model; delete it to go on from the one before"
+        advice = "of another model, or damaged (then delete it to go on from the one before)"
         with usage_errors(f"--resume: {self.manager.directory / str(step)}: {advice}", Exception):
             restored = self.manager.restore(step, args=ocp.args.Composite(**args))
         return restored["state"], step, restored["position"][jax.process_index()]
@@ -826,12 +826,10 @@ class Stop:
         return self.signal is not None
 
     def exit(self, run, step):
-        """Raise the data's error; after a signal say how to go on, and exit."""
-        if self.error:
-            raise self.error
-        if self.signal:
+        """After a signal or an error of the data say how to go on, and exit or raise it."""
+        if self.signal or self.error:
             print(f"stopped, saved at step {step}; go on with --resume --out-dir {run.path}")
-            sys.exit(128 + self.signal)
+            raise self.error or SystemExit(128 + self.signal)
 
 
 class Log:

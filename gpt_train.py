@@ -179,6 +179,8 @@ def open_one(flag, name, configuration, commit, cfg):
 
 def text_of(record, column):
     """The text in a record, "" of an empty one. ValueError says why it has none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is {str(record)[:40]}, expected a dict")
     if common.BAD in record:
         raise ValueError(record[common.BAD])
     if record and column not in record:
@@ -304,7 +306,8 @@ def pack(tokenizer, texts, length, rng):
 def batches(corpus, tokenizer, cfg, position=None):
     """Documents -> tokens -> rows -> batches (B, T + 1), each with the position to go on after it.
 
-    B is this process's share. Ends when a whole epoch has no row.
+    B is this process's share. Ends when a whole epoch has no row. `corpus` needs train, parse,
+    faults and held_out; `tokenizer` is one of transformers', fast, with an end token.
     """
     start = position or {"window": None, "row": 0, "bad_before": 0}
     skip = start["row"]  # rows of the first window that were given before
@@ -487,7 +490,7 @@ class GPT(nnx.Module):
     def hidden(self, tokens, key=None, caches=None, pos=None):
         """tokens (B, T) -> (what the head reads (B, T, C), caches).
 
-        In decoding the tokens stand at positions `pos` (B, T) of a longer text, else at 0 ...
+        In decoding the tokens stand at positions `pos` (B or 1, T) of a longer text, else at 0 ...
         `caches` has its keys and values (B, S, H, D), a pair for every layer, and is returned with
         those of `tokens`.
         """
@@ -649,7 +652,7 @@ def count_microbatches(batch_size, device_rows):
 def make_train_step(graphdef, state, accum, schedule):
     """jit: (state, tokens (B, T + 1), key of this step) -> (state, metrics). The state is donated.
 
-    `graphdef` and `state` are those of (model, optimizer); `accum` microbatches make a step.
+    `graphdef` and sharded `state` are of (model, optimizer); `accum` microbatches make a step.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -941,7 +944,7 @@ def main(cfg):
     schedule = make_schedule(cfg)
     optimizer = nnx.Optimizer(model, make_optimizer(cfg, schedule), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
-    # Auto: under explicit axes nnx.Embed refuses a cut batch
+    # Auto: under explicit axes nnx.Embed and shard_map refuse a cut batch
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     state = common.shard_state(mesh, state, cfg.fsdp)
     train_step = make_train_step(graphdef, state, accum, schedule)

@@ -658,7 +658,7 @@ class ResNet(nnx.Module):
         run = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
         for block in chain(*self.stages):  # (B, H, W, C), in each stage half of H and W, twice C
             x = run(block, x, train)
-        x = jax.lax.optimization_barrier(x)  # else jax 0.12 makes NaN of bfloat16 here, on a CPU
+        x = jax.lax.optimization_barrier(x)  # XLA has made NaN of bfloat16 here, on a CPU
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
         x = nnx.Dropout(self.dropout)(x, deterministic=key is None, rngs=key)
         return self.classifier(x)

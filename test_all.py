@@ -2406,7 +2406,7 @@ def test_run_directory_is_never_taken_over_and_a_resume_changes_no_meaning(typed
 
     resume = ("--resume", "--out-dir", "a")
     refused("holds a run; --resume to go on with it, or choose another directory", **args)
-    refused("a is a run of another script", *resume, script=bert_mlm)
+    refused("a is of another script", *resume, script=bert_mlm)
     refused("--steps 2: a is at step 3", *resume, "--steps", "2")
     for changed in ("--seq-len 16", "--seed 7", "--shuffle-buffer 7", "--data d/0.txt"):
         refused(f"{changed}: the run in a was started with", *resume, *changed.split())
@@ -2442,7 +2442,7 @@ def test_resume_needs_the_run_directory_alone_and_only_its_good_parts(typed, tmp
             file.write_bytes(b"")
     _, err = resume(code=2)
     assert len(err.splitlines()) == 1
-    assert f"{run}/ckpt/9: it is damaged or of another model; delete it to go on from the" in err
+    assert f"{run}/ckpt/9: of another model, or damaged (then delete it to go on from the" in err
     shutil.rmtree(run / "ckpt/9")
     metrics = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     metrics[2] = bytes(100) + metrics[2]  # what a power cut may leave
