@@ -46,7 +46,7 @@ from transformers import AutoTokenizer, BertConfig, MegatronBertConfig, PreTrain
 
 @dataclasses.dataclass
 class Config(common.RunConfig):
-    # a recipe: other defaults for the flags below
+    # a recipe: other defaults for these flags
     preset: Literal["stdlib", "bert-mini", "bert-base", "bert-large", "classify"] = "stdlib"
     task: Literal["mlm", "classify"] = "mlm"  # masked LM, or classes of texts (see the preset)
     # data
@@ -995,7 +995,10 @@ def make_evaluate(graphdef, rows, mesh):
         parts = []
         for i in range(len(rows["tokens"])):
             batch = {name: x[i] for name, x in rows.items()}
-            parts.append(eval_step(state, common.shard_batch(mesh, batch, whole=True)))
+            batch = common.shard_batch(mesh, batch, whole=True)
+            # one at a time: two programs that gather parameters can hang on a CPU
+            jax.block_until_ready(parts[-1:])
+            parts.append(eval_step(state, batch))
         nats, n, hits = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
         return {"val_loss": float(nats / n), "val_acc": float(hits / n)}
 

@@ -119,7 +119,7 @@ class RunConfig:
     eval_every: int = 250  # steps between two validations, which redraw curves.png
     ckpt_every: int = 250  # steps between two checkpoints
     keep: int = 2  # newest checkpoints to keep
-    fsdp: bool = False  # shard parameters and optimizer state; a step gathers the parameters once
+    fsdp: bool = False  # devices keep shards of parameters and optimizer state; a step gathers them
     wandb: str | None = None  # project on Weights & Biases to log to
     coordinator: str | None = None  # HOST:PORT of process 0, or auto on a cluster
     num_processes: int | None = None  # how many processes train together
@@ -376,7 +376,7 @@ def find_files(name):
     expect(len(kinds) == 1, f"holds {', '.join(kinds)}; name one kind, as in {example}")
     others = set(everything).difference(*splits.values())
     unused = sorted(file for file in others if extension(file) in kinds)
-    expect(not unused, f"{unused[:1]} is in no split; name the files to train on, as in {example}")
+    expect(not unused, f"{unused[:1]} is in no split; name those to train on, and --val-data")
     return found
 
 
@@ -436,7 +436,9 @@ def find_column(dataset, asked, usual, kind=object):
         if name in names:
             values = [record[name] for record in records if record.get(name) is not None]
             if values and not any(isinstance(value, kind) for value in values):
-                raise UsageError(f"{name} is {str(values[0])[:40]}, no {kind.__name__}")
+                raise UsageError(
+                    f"{name} is {values[0]!s:.40}, no {'text' if kind is str else 'number'}"
+                )
             return name
     raise UsageError(f"no column {asked or usual[0]}, only {', '.join(names)}")
 

@@ -40,7 +40,7 @@ END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we 
 
 @dataclasses.dataclass
 class Config(common.RunConfig):
-    # a recipe: other defaults for the flags below
+    # a recipe: other defaults for these flags
     preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "stdlib"
     # data
     data: str = "stdlib"  # stdlib (Python's source), a hub id, a file, URL, folder, or 'a/*.txt'
@@ -713,6 +713,8 @@ def make_evaluate(graphdef, rows, tokens_per_byte, mesh):
         parts = []
         for batch in zip(*rows):
             tokens, targets = common.shard_batch(mesh, batch, whole=True)
+            # one at a time: two programs that gather parameters can hang on a CPU
+            jax.block_until_ready(parts[-1:])
             parts.append(eval_step(state, tokens, targets))
         nats, n = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
         loss = float(nats / n)

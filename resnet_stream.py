@@ -51,7 +51,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata 
 
 @dataclasses.dataclass
 class Config(common.RunConfig):
-    # a recipe: other defaults for the flags below
+    # a recipe: other defaults for these flags
     preset: Literal["digits", "cifar10", "imagenet"] = "digits"
     # data
     data: str = "digits"  # digits (offline), a hub id, parquet or tar (file, URL, glob), a folder
@@ -897,8 +897,9 @@ def make_train_step(graphdef, state, accum, cfg, schedule):
     shardings = jax.tree.map(lambda x: x.sharding, state)
     model_def = nnx.graphdef(nnx.merge(graphdef, state)[0])
     options = {}
-    if jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10):
-        # all but convolutions: XLA's own gradients of them are faster than YNNPACK's (1.7 times)
+    if jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10) and not cfg.fsdp:
+        # all but convolutions: XLA's own gradients of them are faster than YNNPACK's (1.7 times);
+        # it refuses the layout of a parameter that was gathered
         kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_ELTWISE"
         options["xla_cpu_experimental_ynn_fusion_type"] = kinds
 
@@ -971,6 +972,8 @@ def make_evaluate(graphdef, pictures, view, most, batch_size, mesh):
             images, labels = zip(*batch)
             arrays = (np.stack(images), np.array(labels, np.int32))
             arrays = common.shard_batch(mesh, arrays, whole=True)
+            # one at a time: two programs that gather parameters can hang on a CPU
+            jax.block_until_ready(results[-1:])
             results.append(eval_step(state, *arrays))
         sums, guesses = zip(*jax.device_get(results))
         loss, top1, top5, n = np.sum(sums, axis=0, dtype=np.float64).tolist()

@@ -1586,14 +1586,14 @@ BAD[gpt_train] = {
     "--data no/such.txt": "--data no/such.txt: Unable to find",
     "--data a.doc": "--data a.doc: no such file, or none with data; expected .parquet",
     "--data rows.jsonl": "--data rows.jsonl: no column text, only id, title, body",
-    "--data numbers.csv": "--data numbers.csv: text is 7, no str",
+    "--data numbers.csv": "--data numbers.csv: text is 7, no text",
     "--data rows.jsonl --data-name nonsense": "rows.jsonl: has no configuration nonsense",
     "--data configured --data-name nonsense": "--data configured: BuilderConfig 'nonsense' not",
     "--data broken.parquet": "--data broken.parquet: ",
     "--data http://127.0.0.1:9/a.parquet": "--data http://127.0.0.1:9/a.parquet: ",
     "--data saved": "--data saved: ",
     "--data mixed": "--data mixed: holds .jsonl, .parquet; name one kind, as in 'mixed/**/*.jsonl'",
-    "--data unsplit": "a.jsonl'] is in no split; name the files to train on",
+    "--data unsplit": "a.jsonl'] is in no split; name those to train on",
     "--data others": "--data others: ",
     "--data open.csv": "--data open.csv: ",
     "--data headless.csv": "--data headless.csv: no column text, only 1, 2",
@@ -1620,7 +1620,7 @@ BAD[gpt_train] = {
 BAD[bert_mlm] = {
     f"{SOON} --tokenizer bytes": "--tokenizer bytes: has no mask_token; BERT needs one",
     f"{SOON} --tokenizer left": "--tokenizer left: truncates or pads at the left",
-    "--task classify --data words.csv": "--data words.csv: label is good, no Real",
+    "--task classify --data words.csv": "--data words.csv: label is good, no number",
     f"{SOON} --init-from bare": "--tokenizer bare: no fast tokenizer in it",
     f"{SOON} --tokenizer frameless --init-from bert": "frameless: does not make [CLS] text [SEP]",
     "--prompt 'import [MASK]'": "--prompt, --embed and --mteb: need a finished model and --steps 0",
@@ -2736,6 +2736,25 @@ def test_eight_devices_give_the_losses_of_one_with_and_without_fsdp(script):
         for folder in ("one", "cut"):
             script.main(script.Config(**cfg | free | dict(out_dir=folder)))
         assert_same_losses("one", "cut", rtol=1e-3)
+
+
+TINY = "--n-layer 1 --n-embd 32 --seq-len 32 --val-docs 20"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (gpt_train, f"{TINY} --tokenizer byte --sample-every 0"),
+        (bert_mlm, TINY),
+        (resnet_stream, "--batch-size 16 --device-rows 2"),
+    ],
+)
+def test_fsdp_validates_on_many_batches(script, flags):
+    devices = "--xla_force_host_platform_device_count=8"
+    limit = "--xla_cpu_collective_call_terminate_timeout_seconds=20"
+    flags = [*flags.split(), "--steps", "3", "--fsdp", "--out-dir", "run"]
+    [(out, _)] = finish(launch(script, *flags, XLA_FLAGS=f"{devices} {limit}"))
+    assert "8 x cpu" in out and lines("run")[-1]["step"] == 3
 
 
 TOGETHER = GPT | dict(
