@@ -187,9 +187,9 @@ def open_one(flag, name, configuration, commit, cfg):
         splits = {split: undecoded(dataset) for split, dataset in data.splits.items()}
         train = splits["train"]
         usual = ["image", "img", "jpg", "png", "jpeg", "webp"]
-        image = find_picture_column(train, cfg.image_column, datasets.Image, usual)
+        image = find_typed_column(train, cfg.image_column, datasets.Image, usual)
         usual = ["label", "labels", "cls", "class"]
-        label = find_picture_column(train, cfg.label_column, datasets.ClassLabel, usual)
+        label = find_typed_column(train, cfg.label_column, datasets.ClassLabel, usual)
     parse = partial(parse_record, image_column=image, label_column=label)
     for split, dataset in splits.items():
         if dataset.column_names:  # unknown of lines of JSON
@@ -207,7 +207,7 @@ def undecoded(dataset):
     return dataset
 
 
-def find_picture_column(dataset, asked, kind, usual):
+def find_typed_column(dataset, asked, kind, usual):
     """The column `asked` for, else the only one of the type `kind`, else one with a usual name."""
     features = dataset.features or {}
     typed = [name for name, feature in features.items() if isinstance(feature, kind)]
@@ -219,7 +219,7 @@ def open_digits():
     from sklearn.datasets import load_digits  # slow to import
 
     found = load_digits()
-    images = np.uint8(found.images * 255 / 16)  # (1797, 8, 8), of 0 to 16
+    images = np.uint8(found.images * 255 / 16)  # (1797, 8, 8); found.images are 0 to 16
     rows = {"image": list(images), "label": found.target}
     label = datasets.ClassLabel(names=list("0123456789"))
     features = datasets.Features(image=datasets.Image(), label=label)
@@ -234,7 +234,7 @@ def open_digits():
 def find_pictures(folder):
     """The picture files in a local folder, sorted, without hidden ones.
 
-    [] of another name, and where there is parquet or tar, beside which a picture is decoration.
+    [] of no folder, and where there is parquet or tar, beside which a picture is decoration.
     """
     kinds = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
     found = glob(f"{escape(folder)}/**", recursive=True)
@@ -312,7 +312,7 @@ def parse_record(record, classes, image_column, label_column):
     if data is None:
         try:
             data = Path(name).read_bytes()
-        except OSError as error:  # links are not followed
+        except OSError as error:  # a URL is not fetched
             raise BadPicture(f"has no bytes, and {common.reason(error)}") from error
     return name, data, int(label)
 
@@ -401,7 +401,7 @@ def batches(pictures, size, cfg, position=None):
     when a whole epoch has no row.
     """
     start = position or {"window": None, "row": 0, "bad": 0}
-    skip = start["row"]  # rows of the first window that were met before
+    skip = start["row"]  # records of the first window, in `order`, that were met before
     bad = start["bad"]  # bad ones until then
     last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
     B = cfg.batch_size // jax.process_count()
@@ -414,7 +414,7 @@ def batches(pictures, size, cfg, position=None):
             position=start["window"],
             **pictures.train.faults,
         ):
-            if place["epoch"] > last_epoch + 1:  # a whole epoch gave no row, nor will the next
+            if place["epoch"] > last_epoch + 1:  # a whole epoch gave no row: `ahead` raises
                 return
             seeds = rng.integers(2**63, size=len(records))
             order = rng.permutation(len(records))
@@ -656,7 +656,7 @@ class ResNet(nnx.Module):
             x = nnx.max_pool(x.astype(jnp.float32), (3, 3), (2, 2), [(1, 1), (1, 1)])
             x = x.astype(self.dtype)
         run = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
-        for block in chain(*self.stages):  # (B, H, W, C), in each stage half of H and W, twice C
+        for block in chain(*self.stages):  # (B, H, W, C); a stage but the first halves H and W
             x = run(block, x, train)
         x = jax.lax.optimization_barrier(x)  # XLA has made NaN of bfloat16 here, on a CPU
         x = jnp.mean(x.astype(jnp.float32), (1, 2))  # (B, C)
@@ -666,7 +666,7 @@ class ResNet(nnx.Module):
 
 # ---- pretrained weights in and out ----
 
-# fields of transformers' ResNetConfig that this model follows; others must be at their default
+# fields of transformers' ResNetConfig that are followed or say nothing new; others: at default
 FOLLOWED = {
     "depths", "hidden_sizes", "embedding_size", "layer_type", "out_features", "out_indices",
     "stage_names",
