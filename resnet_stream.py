@@ -50,7 +50,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata 
 
 
 @dataclasses.dataclass
-class Config(common.RunConfig):
+class Config(common.RunConfig):  # which has out_dir, resume, eval_every, ckpt_every, fsdp ...
     # a recipe: other defaults for these flags
     preset: Literal["digits", "cifar10", "imagenet"] = "digits"
     # data
@@ -114,7 +114,7 @@ PRESETS = {
         "momentum": 0.875, "weight_decay": 2**-15, "eval_every": 6_255, "ckpt_every": 1_251,
     },
 }  # fmt: skip
-# flag: the preset's value that is void where this flag is given
+# flag: the preset's value that is void where this flag is given (no preset has one yet)
 FORGET = {"data": "data_name"}
 
 # flags that may change when a run goes on; another would change what its checkpoint means
@@ -264,7 +264,7 @@ def open_folder(folder, files):
     # in any order but that of the classes, or --eval-batches would see only the first ones
     for i in np.random.default_rng(0).permutation(len(files)):
         root, name = os.path.split(os.path.dirname(files[i]))
-        is_class = root in roots and name not in SPLITS
+        is_class = root in roots and name not in SPLITS  # train/test/a.jpg is a split misplaced
         expect(is_class, f"{files[i]}: expected {folder}/{layout}")
         part = parts.setdefault(roots[root], {"files": [], "labels": []})
         part["files"].append(files[i])
@@ -406,6 +406,7 @@ def batches(pictures, size, cfg, position=None):
     last_epoch = start["window"]["epoch"] if position else -1  # of the last row that was given
     B = cfg.batch_size // jax.process_count()
     batch = []
+    # place: where a window begins, its first "record" of an "epoch", after "seen" in all epochs
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for records, rng, place in common.windows(
             pictures.train.dataset,
