@@ -45,7 +45,7 @@ from transformers import AutoTokenizer, BertConfig, MegatronBertConfig, PreTrain
 
 
 @dataclasses.dataclass
-class Config(common.RunConfig):  # which has out_dir, resume, eval_every, ckpt_every, fsdp ...
+class Config(common.RunConfig):
     # a recipe: other defaults for these flags
     preset: Literal["stdlib", "bert-mini", "bert-base", "bert-large", "classify"] = "stdlib"
     task: Literal["mlm", "classify"] = "mlm"  # masked LM, or classes of texts (see the preset)

@@ -39,7 +39,7 @@ END = "<|endoftext|>"  # GPT-2's end token, here also that of the tokenizers we 
 
 
 @dataclasses.dataclass
-class Config(common.RunConfig):  # which has out_dir, resume, eval_every, ckpt_every, fsdp ...
+class Config(common.RunConfig):
     # a recipe: other defaults for these flags
     preset: Literal["stdlib", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "stdlib"
     # data

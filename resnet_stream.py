@@ -50,7 +50,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata 
 
 
 @dataclasses.dataclass
-class Config(common.RunConfig):  # which has out_dir, resume, eval_every, ckpt_every, fsdp ...
+class Config(common.RunConfig):
     # a recipe: other defaults for these flags
     preset: Literal["digits", "cifar10", "imagenet"] = "digits"
     # data
