@@ -362,7 +362,7 @@ def find_files(name):
         splits = DataFilesDict.from_patterns(get_data_patterns(root), root)
         everything = DataFilesDict.from_patterns({"all": ["**"]}, root)["all"]
     else:
-        pattern = root if path.is_file() else name if "://" in name else str(path)
+        pattern = root if path.is_file() else os.path.expanduser(name)
         splits = DataFilesDict.from_patterns({"train": [pattern]})
     found = {}
     for split, files in splits.items():
